@@ -1,0 +1,136 @@
+"""The `k2` command. Verbs are thin: each parses its flags, calls one function and prints what it returned.
+
+Flags describe the command (`--run-dir`, `--dry-run`, `--only`, `--quiet`); `key=value` arguments describe the run. Exit codes:
+0 done, 1 our bug, 2 user's recipe or data, 3 machine, 4 numerics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+EPILOG = """\
+examples:
+  k2 run tiny                                  the whole life cycle on a laptop, into runs/tiny
+  k2 run tiny stage.pretrain.steps=50          the same with one value changed
+  k2 run my.toml --dry-run                     what would be reused, resumed and made
+  k2 plan k2/continual_pretrain --machine p5.48xlarge
+  k2 eval runs/tiny/sft --prompts-jsonl prompts.jsonl
+  k2 list sources                              what can stand in a recipe
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command-line surface (frozen by a test)."""
+    top = argparse.ArgumentParser(
+        prog="k2",
+        description="Train, measure and use Kimi-family models, from a laptop to a cluster.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="store_true", help="print the version and end")
+    top.add_argument("--traceback", action="store_true", help="show Python tracebacks of errors")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+
+    def verb(name: str, help: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=help, description=help)
+        added.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="show Python tracebacks of errors")
+        return added
+
+    run = verb("run", "run a recipe; what exists is reused, what was begun is resumed")
+    run.add_argument("recipe", help="a shipped name (see `k2 list recipes`) or a path to a .toml file")
+    run.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values changed for this run, e.g. stage.sft.optim.lr=1e-4"
+    )
+    run.add_argument("--run-dir", help="directory of the run (default: runs/<recipe>)")
+    run.add_argument("--only", metavar="STAGE", help="stop after this stage; only it and what it needs are run")
+    run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    run.add_argument("--dry-run", action="store_true", help="say what would be reused, resumed and made, and end")
+    run.add_argument("--print", action="store_true", dest="show", help="print the whole recipe with each value's origin, and end")
+    run.add_argument("--quiet", action="store_true", help="no progress lines")
+
+    plan = verb("plan", "parameters, memory, time and money of a recipe, before anything runs")
+    plan.add_argument("recipe", help="a shipped name or a path to a .toml file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--machine", help="a machine of the price table (default: laptop)")
+    plan.add_argument("--machines", metavar="FILE", help="your own price table instead of the shipped one")
+    plan.add_argument("--gpus", type=int, help="GPUs in all (default: those of one machine)")
+    plan.add_argument("--measured", metavar="RUN", help="replace assumed throughput by that of this run directory")
+    plan.add_argument("--json", action="store_true", help="the same numbers for programs")
+
+    evaluate = verb("eval", "evaluate any stage or model directory")
+    evaluate.add_argument("path", help="RUN, RUN/STAGE, a stage's directory or a model directory")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields of the evaluate stage, e.g. k=4 max_tokens=64"
+    )
+    evaluate.add_argument("--prompts-jsonl", metavar="FILE", help='prompts to answer, one {"prompt": ...} a line')
+    evaluate.add_argument("--run-dir", help="where results go (default: the run, or runs/eval)")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    evaluate.add_argument("--quiet", action="store_true", help="no progress lines")
+    evaluate.add_argument("--json", action="store_true", help="the results as JSON on standard output")
+
+    report = verb("report", "write report.html of a run directory and print its summary table")
+    report.add_argument("run", help="a run directory, e.g. runs/tiny")
+    report.add_argument("--out", metavar="FILE", help="where to write the page (default: RUN/report.html)")
+    report.add_argument("--json", action="store_true", help="the summary for programs; no page is written")
+
+    doctor = verb("doctor", "what this machine has, what is tested on it, what to install")
+    doctor.add_argument("--json", action="store_true", help="the same facts for programs")
+
+    listing = verb("list", "what can stand in a recipe")
+    listing.add_argument(
+        "what", nargs="?", default="all", help="recipes, specs, machines, or a slot kind such as stages or filters"
+    )
+
+    new = verb("new", "write a commented starting point: a recipe or a slot file of your own")
+    new.add_argument("what", help="recipe, source, filter, task, reward, schedule or stage")
+    new.add_argument("name", help="its name; NAME.toml or NAME.py is written and never overwritten")
+    new.add_argument("--base", default="tiny", help="for recipes: the recipe to start from (default: tiny)")
+
+    check = verb("check", "verify a data set, an artifact, a run directory or a recipe")
+    check.add_argument("path", help="a directory, a recipe file or a shipped recipe's name")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit code."""
+    arguments = parser().parse_args(argv)
+    if arguments.version:
+        from k2lab import __version__
+
+        print(__version__)
+        return 0
+    if arguments.verb is None:
+        parser().print_help()
+        return 0
+    from k2lab.core.errors import K2Error
+
+    try:
+        from k2lab import verbs
+
+        return getattr(verbs, f"do_{arguments.verb}")(arguments)
+    except K2Error as error:
+        if arguments.traceback:
+            raise
+        print(f"\nk2 {arguments.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped; give the same command again to continue", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        print(
+            f"\nk2 {arguments.verb}: this is a bug of ours: {type(error).__name__}: {error}. "
+            "Finished work is kept. Give the same command with --traceback and report what it prints.",
+            file=sys.stderr,
+        )
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

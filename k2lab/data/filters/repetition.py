@@ -1,0 +1,139 @@
+"""Drops texts that repeat themselves: duplicate lines, paragraphs and word n-grams, after Gopher."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from k2lab.data.filtering import Log
+from k2lab.data.records import Record, text_of
+from k2lab.data.words import Words
+
+_CHUNK = 2048  # records looked at together
+_NOT_BLANK = re.compile(r"\S+")
+_ODD = np.uint64(0xD1B54A32D192ED03)  # spreads text numbers over 64 bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repetition:
+    """Drops texts that repeat themselves: duplicate lines, paragraphs and word n-grams.
+
+    Rules and default limits of Rae et al. 2021 ("Scaling Language Models", table A1), as shares of a text. An n-gram counts
+    only if it occurs at least twice; shares by characters are of the characters of words or of non-blank lines. 1.0 turns
+    a rule off. Texts of fewer than `min_words` words pass: their shares say nothing.
+    """
+
+    min_words: int = 30
+    duplicate_lines: float = 0.30  # lines that occurred before / lines
+    duplicate_line_chars: float = 0.20  # the same by characters
+    duplicate_paragraphs: float = 0.30  # paragraphs (split by blank lines) that occurred before / paragraphs
+    duplicate_paragraph_chars: float = 0.20
+    top_2gram: float = 0.20  # characters covered by the most frequent word n-gram
+    top_3gram: float = 0.18
+    top_4gram: float = 0.16
+    duplicate_5gram: float = 0.15  # characters inside word n-grams that occur more than once
+    duplicate_6gram: float = 0.14
+    duplicate_7gram: float = 0.13
+    duplicate_8gram: float = 0.12
+    duplicate_9gram: float = 0.11
+    duplicate_10gram: float = 0.10
+
+    def apply(self, records: Iterator[Record], log: Log) -> Iterator[Record]:
+        """Yields the records within all limits; the first broken rule is the reason of a drop."""
+        while chunk := list(islice(records, _CHUNK)):
+            for record, why in zip(chunk, self._judge([text_of(record) for record in chunk])):
+                if why:
+                    log.drop(record, why)
+                else:
+                    yield record
+
+    def _judge(self, texts: list[str]) -> list[str]:
+        """Why each text must go, or ""."""
+        words = Words(texts, split=_NOT_BLANK)
+        counts_S = np.diff(words.starts_S1)
+        long_S = counts_S >= self.min_words
+        chars_S = np.maximum(_sum_by(words.text_N, words.lengths_N, len(texts)), 1)
+        why = [self._judge_lines(text) if long else "" for text, long in zip(texts, long_S)]
+        for n in range(2, 11):
+            limit = getattr(self, f"top_{n}gram" if n < 5 else f"duplicate_{n}gram")
+            if limit >= 1.0:
+                continue
+            shares_S = (_top_chars if n < 5 else _duplicate_chars)(words, n, len(texts)) / chars_S
+            name = f"the most frequent {n}-gram" if n < 5 else f"duplicate {n}-grams"
+            for i in np.flatnonzero(long_S & (shares_S > limit)):
+                why[i] = why[i] or f"{name}: {shares_S[i]:.0%} of the characters, over {limit:.0%}"
+        return why
+
+    def _judge_lines(self, text: str) -> str:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if len(set(lines)) < len(lines):
+            share, chars = _duplicates(lines)
+            if share > self.duplicate_lines:
+                return f"duplicate lines: {share:.0%}, over {self.duplicate_lines:.0%}"
+            if chars > self.duplicate_line_chars:
+                return f"characters in duplicate lines: {chars:.0%}, over {self.duplicate_line_chars:.0%}"
+        paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
+        if len(set(paragraphs)) < len(paragraphs):
+            share, chars = _duplicates(paragraphs)
+            if share > self.duplicate_paragraphs:
+                return f"duplicate paragraphs: {share:.0%}, over {self.duplicate_paragraphs:.0%}"
+            if chars > self.duplicate_paragraph_chars:
+                return f"characters in duplicate paragraphs: {chars:.0%}, over {self.duplicate_paragraph_chars:.0%}"
+        return ""
+
+    @staticmethod
+    def examples() -> list[Repetition]:
+        return [Repetition(), Repetition(min_words=100, duplicate_lines=0.5)]
+
+
+def _duplicates(parts: list[str]) -> tuple[float, float]:
+    """Shares of `parts` that occurred before in the list: by number, by characters."""
+    seen: set[str] = set()
+    number = chars = 0
+    for part in parts:
+        if part in seen:
+            number += 1
+            chars += len(part)
+        seen.add(part)
+    return number / len(parts), chars / sum(map(len, parts))
+
+
+def _sum_by(owner: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    return np.bincount(owner, weights=values, minlength=size)
+
+
+def _counted(words: Words, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(first word, text, how often the n-gram occurs in its text) of every n-gram that occurs at least twice in its text."""
+    hashes, first = words.ngrams(n)
+    owner = words.text_N[first]
+    # The text's number goes into the hash, so that one sort serves all texts.
+    _, inverse, counts = np.unique(hashes + owner.astype(np.uint64) * _ODD, return_inverse=True, return_counts=True)
+    often = counts[inverse]
+    twice = often > 1
+    return first[twice], owner[twice], often[twice]
+
+
+def _top_chars(words: Words, n: int, size: int) -> np.ndarray:
+    """f64[S]: per text, characters of its most frequent n-gram's occurrences together."""
+    first, owner, often = _counted(words, n)
+    chars = sum((words.lengths_N[first + k] for k in range(n)), np.zeros(len(first), np.int64)) * often
+    most = np.zeros(size, dtype=np.int64)
+    # Gopher takes the most frequent n-gram; of several equally frequent ones the longest.
+    top = np.zeros(size, dtype=np.int64)
+    np.maximum.at(top, owner, often)
+    is_top = often == top[owner]
+    np.maximum.at(most, owner[is_top], chars[is_top])
+    return most.astype(np.float64)
+
+
+def _duplicate_chars(words: Words, n: int, size: int) -> np.ndarray:
+    """f64[S]: per text, characters of words inside n-grams that occur more than once, each word counted once."""
+    first, _, _ = _counted(words, n)
+    covered = np.zeros(len(words.hashes_N), dtype=bool)
+    for k in range(n):
+        covered[first + k] = True
+    return _sum_by(words.text_N[covered], words.lengths_N[covered], size)

@@ -1,0 +1,127 @@
+"""Records: plain dicts as users have them in files, before any tokenizer sees them.
+
+A record's *kind* is told by its keys:
+
+    text         {"text"}                              pretraining text
+    qa           {"question", "answer"}                becomes the text "question\\nanswer"
+    instruction  {"instruction", "output"} ("input" may be absent or empty)
+    chat         {"messages": [{"role", "content"}, ...]}
+    reasoning    {"prompt", "reasoning", "final"}
+    preference   {"prompt", "chosen", "rejected"}
+    response     {"prompt", "response"}
+
+Optional tags: `source`, `domain`, `difficulty`, `license`, `module`, `group`. Every record that a source yields has a stable
+`key` (source name and path with line, or object name), which fixes its split, its place in the order and its randomness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from k2lab.core.errors import DataError
+
+Record = dict[str, Any]
+
+# Required keys per kind, in the order in which kinds are tried.
+KINDS: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "qa": ("question", "answer"),
+    "instruction": ("instruction", "output"),
+    "chat": ("messages",),
+    "reasoning": ("prompt", "reasoning", "final"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "response": ("prompt", "response"),
+}
+ROLES = ("system", "user", "assistant", "tool")
+
+# The order in which the parts of a record are read out.
+_PARTS = {**KINDS, "instruction": ("instruction", "input", "output")}
+
+
+class Source(Protocol):
+    """What a slot of `k2lab/data/sources/` offers.
+
+    `records()` yields records with `key` and `source`; each call starts anew and gives the same records in the same order.
+    `fingerprint()` is a sha256 hex over what decides the content; it is cheap and changes when the content does.
+    """
+
+    def records(self) -> Iterator[Record]: ...
+    def fingerprint(self) -> str: ...
+
+
+def kind_of(record: Record) -> str | None:
+    """The kind whose required keys are all present, or None."""
+    for kind, keys in KINDS.items():
+        if all(key in record for key in keys):
+            return kind
+    return None
+
+
+def check_record(record: Any, where: str, kind: str = "") -> Record:
+    """Returns `record` if it is a well-formed record (of `kind`, if given); else raises DataError naming `where`."""
+    if not isinstance(record, dict):
+        raise DataError("a record must be a JSON object", where=where, got=type(record).__name__, allowed=_allowed(kind))
+    if kind and kind not in KINDS:
+        raise DataError(f"there is no record kind {kind!r}", where=where, allowed=", ".join(KINDS))
+    found = kind or kind_of(record)
+    missing = [key for key in KINDS[found] if key not in record] if found else ["all"]
+    if found is None or missing:
+        what = f"the record lacks {', '.join(map(repr, missing))}" if found else "the record is of no known kind"
+        raise DataError(what, where=where, got="keys " + (", ".join(map(str, record)) or "none"), allowed=_allowed(kind))
+    if found == "chat":
+        _check_messages(record["messages"], where)
+    else:
+        for key in _PARTS[found]:
+            if key in record and not isinstance(record[key], str) and not (key == "input" and record[key] is None):
+                raise DataError(f"{key!r} must be a text", where=where, got=record[key])
+    for tag in ("key", "source", "domain", "license", "group", "module"):
+        if record.get(tag) is not None and not isinstance(record[tag], str):
+            raise DataError(f"the tag {tag!r} must be a text", where=where, got=record[tag])
+    return record
+
+
+def _allowed(kind: str) -> str:
+    if kind in KINDS:
+        return f"{kind} records with the keys " + ", ".join(KINDS[kind])
+    return "; ".join(f"{name}: {', '.join(keys)}" for name, keys in KINDS.items())
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise DataError("'messages' must be a list of at least one message", where=where, got=messages)
+    for index, message in enumerate(messages):
+        at = f"{where}, message {index}"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            got = message.get("role") if isinstance(message, dict) else message
+            raise DataError("a message needs a known 'role'", where=at, got=got, allowed=", ".join(ROLES))
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise DataError("'content' must be a text (null only beside 'tool_calls')", where=at, got=content)
+
+
+def text_of(record: Record) -> str:
+    """All text of a record, its parts joined by newlines: what filters look at, and what pretraining reads."""
+    kind = kind_of(record)
+    if kind == "text":
+        return record["text"]
+    if kind == "chat":
+        return "\n".join(m["content"] for m in record["messages"] if m.get("content"))
+    if kind is None:
+        raise DataError("the record is of no known kind", where=str(record.get("key")), allowed=_allowed(""))
+    return "\n".join(record[part] for part in _PARTS[kind] if record.get(part))
+
+
+def map_text(record: Record, change: Callable[[str], str]) -> Record:
+    """A copy of `record` in which `change` was applied to every text part."""
+    kind = kind_of(record)
+    if kind == "chat":
+        messages = [{**m, "content": change(m["content"])} if m.get("content") else m for m in record["messages"]]
+        return {**record, "messages": messages}
+    parts = _PARTS[kind] if kind else ()
+    return {**record, **{part: change(record[part]) for part in parts if record.get(part)}}
+
+
+def group_of(record: Record) -> str:
+    """What is held out together: the record's `group`, else its `module`, else its own `key`."""
+    return record.get("group") or record.get("module") or record["key"]

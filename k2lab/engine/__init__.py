@@ -1,0 +1,1 @@
+"""The one loop: feed -> forward and backward -> clip -> step -> record, for every kind of training."""

@@ -1,0 +1,1 @@
+"""Stages: one file each, the only place where rooms are wired together."""

@@ -1,0 +1,218 @@
+"""What pretraining and fine-tuning stages share: recipe fields, wiring of model, optimizer, feed and loop."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from k2lab.core.batches import check_batch
+from k2lab.core.errors import RecipeError
+from k2lab.core.schema import build_slot
+from k2lab.core.stage import CheckpointRef, RunFlag, Slot, Stage, StageContext
+from k2lab.core.types import PlanInput
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tiktoken.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """Stop when validation has not improved by `min_delta` nats for `patience` validations; the best weights are restored."""
+
+    patience: int = 3
+    min_delta: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Stage):
+    """Fields that every training stage has.
+
+    Tokens per optimizer step = global_batch x seq_len = ranks x per_device_batch x grad_acc x seq_len; grad_acc follows.
+    """
+
+    kind: ClassVar[str] = "checkpoint"
+    uses_model: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
+
+    # The checkpoint to begin from: an earlier stage, a model directory; "none" = a fresh model from the recipe's spec.
+    start: CheckpointRef | None = None
+    # Rows per optimizer step over all ranks; each row holds at most seq_len tokens of packed documents.
+    global_batch: int = 16
+    # Rows per forward and backward on one rank.
+    per_device_batch: int = 16
+    seq_len: int = 256
+    # How long: exactly one of these three.
+    steps: int | None = None
+    token_target: int | None = None
+    epochs: float | None = None
+    optim: Annotated[Any, Slot("optimizer")] = None
+    # Rate of the aux-loss-free router bias (0 = off) and its rule.
+    router_bias_rate: float = 1e-3
+    router_bias_rule: Literal["sign", "quantile"] = "sign"
+    # Validate every so many steps (0 = never) on at most this many held-out tokens.
+    valid_every: int = 50
+    valid_tokens: int = 16384
+    early_stop: EarlyStopping | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    # Save a step checkpoint every so many steps, keep the newest few while the stage is unfinished.
+    checkpoint_every: Annotated[int, RunFlag()] = 100
+    keep_checkpoints: Annotated[int, RunFlag()] = 2
+
+    def __post_init__(self) -> None:
+        if self.optim is None:
+            object.__setattr__(self, "optim", build_slot("optimizer", {"type": "muonclip"}, "optim"))
+
+    def check(self, where: str) -> None:
+        given = [name for name in ("steps", "token_target", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RecipeError(
+                "say how long to train by exactly one of steps, token_target and epochs",
+                where=where,
+                got=", ".join(given) or "none",
+            )
+        if getattr(self, given[0]) <= 0:
+            raise RecipeError("must be positive", where=f"{where}.{given[0]}", got=getattr(self, given[0]))
+        for name in ("seq_len", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < (2 if name == "seq_len" else 1):
+                raise RecipeError("too small", where=f"{where}.{name}", got=getattr(self, name))
+        if self.early_stop is not None and not self.valid_every:
+            raise RecipeError("early_stop needs validation: set valid_every", where=f"{where}.early_stop")
+        check_batch(self.global_batch, self.per_device_batch, 1, where)
+
+    def plan_inputs(self, name: str, model: Any, gpus: int = 1) -> PlanInput:
+        check_batch(self.global_batch, self.per_device_batch, gpus, f"stage.{name}")
+        return PlanInput(
+            stage=name,
+            type=self.slot_name,
+            kind="train",
+            model=model,
+            seq_len=self.seq_len,
+            per_device_batch=self.per_device_batch,
+            grad_acc=self.global_batch // (gpus * self.per_device_batch),
+            gpus=gpus,
+            steps=self.steps,
+            token_target=self.token_target,
+            optimizer=type(self.optim).slot_name,
+            precision=self.precision,
+            notes=(f"length set by epochs = {self.epochs}",) if self.epochs is not None else (),
+        )
+
+    def total_steps(self, tokens_in_data: int) -> int:
+        """Optimizer steps, from whichever of steps, token_target and epochs was given (rows counted as full)."""
+        per_step = self.global_batch * self.seq_len
+        if self.steps is not None:
+            return self.steps
+        target = self.token_target if self.token_target is not None else (self.epochs or 0.0) * tokens_in_data
+        return max(1, math.ceil(target / per_step))
+
+
+def tokenizer_folder(ctx: StageContext, start: bool, tokens_role: str | None = None) -> Path:
+    """Where this training stage's tokenizer lies: with the checkpoint it begins from, else with its tokens."""
+    if start:
+        return ctx.parent("start").path
+    assert tokens_role is not None
+    return ctx.parent(tokens_role).path / "tokenizer"
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Puts the tokenizer's files beside the weights, so that the directory is a whole model for any reader."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def execute(
+    stage: Training,
+    ctx: StageContext,
+    *,
+    make_feed: Callable[[int, int], Any],
+    valid: Callable[[int, int], list[Any]],
+    tokens_in_data: int,
+    tokenizer_source: Path,
+    vocab_size: int,
+    objective: Any,
+) -> None:
+    """Builds model and optimizer, trains with the one loop, saves a model directory into `ctx.work`.
+
+    `make_feed(rank, world)` gives the feed, `valid(rank, world)` this rank's validation batches.
+    """
+    import torch
+
+    from k2lab import specs
+    from k2lab.dist import mesh
+    from k2lab.engine.loop import train
+    from k2lab.engine.run import EarlyStop, TrainRun
+    from k2lab.models import build
+
+    rank, world, device = mesh.init(ctx.device)
+    check_batch(stage.global_batch, stage.per_device_batch, world, f"stage.{ctx.name}")
+    dtype = torch.float32 if stage.precision == "fp32" else torch.bfloat16
+    spec = None
+    if stage.start is not None:
+        model = build.load(ctx.parent("start").path, dtype=dtype, device=device)
+    else:
+        spec = specs.from_recipe(ctx.model)
+        model = build.from_spec(spec, seed=ctx.seed, dtype=dtype, device=device)
+    if model.vocab_size < vocab_size:
+        raise RecipeError(
+            f"the tokenizer has {vocab_size} tokens and the model only {model.vocab_size}",
+            where=f"stage.{ctx.name}",
+            next="Make vocab_size of the model and of the tokenizer stage equal",
+        )
+    tau = getattr(stage.optim, "tau", None)
+    model.capture_max_logits(tau)
+    optim = stage.optim.build(model.named_parameters(), model.row_layouts())
+    feed = make_feed(rank, world)
+    total = stage.total_steps(tokens_in_data)
+    peak = peak_flops(device)
+    run = TrainRun(
+        work=ctx.work,
+        events=ctx.events,
+        total_steps=total,
+        microbatches=feed.microbatches,
+        max_grad_norm=stage.optim.max_grad_norm,
+        rank=rank,
+        checkpoint_every=stage.checkpoint_every,
+        keep=stage.keep_checkpoints,
+        valid=valid(rank, world) if stage.valid_every else (),
+        valid_every=stage.valid_every,
+        early_stop=EarlyStop(patience=stage.early_stop.patience, min_delta=stage.early_stop.min_delta)
+        if stage.early_stop
+        else None,
+        bias_rate=stage.router_bias_rate if model.routers() else 0.0,
+        bias_rule=stage.router_bias_rule,
+        flops_per_token=model.flops_per_token(stage.seq_len),
+        peak_flops=peak,
+        objective=objective,
+    )
+    done = run.resume(model, optim, feed)
+    ctx.options["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    ctx.events.emit(
+        "stage_start", step=done, type=ctx.options["type"], identity=ctx.identity, total=total, unit="steps", resumed=done > 0
+    )
+    if rank == 0:
+        (ctx.work / "parameters.txt").write_text(optim.table_text() + "\n", encoding="utf-8")
+    train(model, optim, feed, objective, run)
+    facts = run.finish(model)
+    if rank == 0:
+        build.save(model, ctx.work)
+        copy_tokenizer(tokenizer_source, ctx.work)
+        ctx.facts.update(
+            training=facts, parameters=sum(p.numel() for _, p in model.named_parameters()), table_hash=optim.table_hash()
+        )
+
+
+def peak_flops(device: Any) -> float:
+    """Peak dense bf16 FLOP/s of a known GPU, 0 if unknown: the denominator of MFU, never guessed."""
+    import torch
+
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    for part, peak in (("H100", 989e12), ("H200", 989e12), ("A100", 312e12), ("B200", 2250e12)):
+        if part in name:
+            return peak
+    return 0.0
