@@ -116,4 +116,4 @@ def read(folder: Path) -> list[dict[str, Any]]:
                 kept = [e for e in kept if e["stage"] != stage or (event.get("resumed") and e["step"] <= at)]
             kept.append(event)
         history += kept
-    return sorted(history, key=lambda e: (e["t"], e["seq"]))
+    return sorted(history, key=lambda e: e["t"])  # stable: the order within one writer stays

@@ -66,7 +66,12 @@ def _open_bytes(path: Path) -> BinaryIO:
 
 def _parse(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line or b"\\uD" in line:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError:
+        raise DataError("the line holds half of a character (a lone \\ud800 to \\udfff escape)", where=where) from None
     except UnicodeDecodeError as error:
         raise DataError(f"the line is not UTF-8: byte {error.start + 1} is {line[error.start]:#04x}", where=where) from None
     except ValueError as error:

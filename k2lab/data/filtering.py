@@ -10,7 +10,6 @@ that it altered (the altered one is yielded). Filters are streams: none needs th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -118,12 +117,3 @@ def nothing_left(rows: Sequence[FunnelRow]) -> str:
     first = next((row for row in rows if row.examples), None)
     shown = f"; {first.filter} says, for one, {first.examples[0]['why']!r}" if first else ""
     return f"no record is left after the filters: {steps}{shown}"
-
-
-def fingerprint(filters: Sequence[Filter]) -> str:
-    """sha256 hex over the filters' settings and over the files that some of them read."""
-    digest = hashlib.sha256()
-    for each in filters:
-        own = getattr(each, "fingerprint", None)
-        digest.update(f"{type(each).__qualname__}\0{own() if own else repr(each)}\n".encode())
-    return digest.hexdigest()

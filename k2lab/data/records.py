@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from k2lab.core.errors import DataError
+from k2lab.core.errors import DataError, RecipeError, did_you_mean
 
 Record = dict[str, Any]
 
@@ -58,12 +58,18 @@ def kind_of(record: Record) -> str | None:
     return None
 
 
+def check_kind(kind: str) -> None:
+    """Raises RecipeError unless `kind` is a record kind or "" (any)."""
+    if kind and kind not in KINDS:
+        raise RecipeError(
+            f"there is no record kind {kind!r}", where="kind", allowed=", ".join(KINDS), next=did_you_mean(kind, KINDS)
+        )
+
+
 def check_record(record: Any, where: str, kind: str = "") -> Record:
     """Returns `record` if it is a well-formed record (of `kind`, if given); else raises DataError naming `where`."""
     if not isinstance(record, dict):
         raise DataError("a record must be a JSON object", where=where, got=type(record).__name__, allowed=_allowed(kind))
-    if kind and kind not in KINDS:
-        raise DataError(f"there is no record kind {kind!r}", where=where, allowed=", ".join(KINDS))
     found = kind or kind_of(record)
     missing = [key for key in KINDS[found] if key not in record] if found else ["all"]
     if found is None or missing:

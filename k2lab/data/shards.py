@@ -24,7 +24,7 @@ from k2lab.core.artifacts import disk_errors, write_json
 from k2lab.core.errors import DataError
 from k2lab.core.rng import derive
 from k2lab.data import files
-from k2lab.data.records import Record, group_of, text_of
+from k2lab.data.records import Record, check_record, group_of, text_of
 
 FORMAT = 1
 INDEX = "index.json"
@@ -107,7 +107,8 @@ def write_records(folder: Path, records: Iterable[Record], split: str, shard_byt
     Raises DataError if there is no record, or one without a key or with a key that occurred before.
     """
     target = _clear(folder, split, "records")
-    tally, shards, seen = _Tally(), [], set[str]()
+    tally, seen = _Tally(), set[str]()
+    shards: list[dict[str, Any]] = []
     out: BinaryIO | None = None
     try:
         with disk_errors(target):
@@ -119,9 +120,7 @@ def write_records(folder: Path, records: Iterable[Record], split: str, shard_byt
                     hint = "Give sources of one type different names (`name = ...`), or make the records' own keys unique"
                     raise DataError("two records have the same key", where=f"split {split}", got=key, next=hint)
                 seen.add(key)
-                text = text_of(record)
-                counts = {"records": 1, "chars": len(text), "text_bytes": len(text.encode("utf-8", "surrogatepass"))}
-                line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+                counts, line = _measure(record)
                 if out is None or shards[-1]["file_bytes"] >= shard_bytes:
                     if out is not None:
                         out.close()
@@ -139,6 +138,16 @@ def write_records(folder: Path, records: Iterable[Record], split: str, shard_byt
     section = {**tally.as_json(), "shards": shards}
     _add_section(folder, split, "records", section)
     return section
+
+
+def _measure(record: Record) -> tuple[dict[str, int], bytes]:
+    """A record's counts and its line. Raises DataError for a text that UTF-8 cannot hold or a value that JSON cannot."""
+    text = text_of(record)
+    try:
+        counts = {"records": 1, "chars": len(text), "text_bytes": len(text.encode())}
+        return counts, json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    except (UnicodeEncodeError, TypeError, ValueError) as error:
+        raise DataError(f"the record cannot be written as JSON: {error}", where=record["key"]) from None
 
 
 def read_records(folder: Path, split: str) -> Iterator[Record]:
@@ -208,7 +217,7 @@ class TokenWriter:
         stem = f"tokens-{len(self._shards):05d}"
         self._shards.append({"file": f"{stem}.bin", "documents": 0, "tokens": 0, "text_bytes": 0})
         self._bin = (self._target / f"{stem}.bin").open("wb")
-        self._docs = (self._target / f"{stem}.docs").open("w", encoding="utf-8", errors="surrogatepass", newline="\n")
+        self._docs = (self._target / f"{stem}.docs").open("w", encoding="utf-8", newline="\n")
 
     def _close_shard(self) -> None:
         if self._bin is None or self._docs is None:
@@ -242,7 +251,7 @@ class TokenWriter:
             self._close_shard()
 
 
-class TokenReader(Sequence[np.ndarray]):
+class TokenReader:
     """A split's tokenised documents, memory-mapped: `reader[i]` is document i, a read-only array u16[T] or u32[T].
 
     `lengths` i64[documents], `text_bytes` i64[documents], `num_tokens`, `vocab_size`, `index` (the section "tokens").
@@ -261,7 +270,7 @@ class TokenReader(Sequence[np.ndarray]):
             text_bytes.append(_load(stem, ".bytes", (shard["documents"],)))
             path = stem.with_suffix(".bin")
             _require_size(path, shard["tokens"] * dtype.itemsize)
-            self._tokens.append(np.memmap(path, dtype=dtype, mode="r"))
+            self._tokens.append(np.asarray(np.memmap(path, dtype=dtype, mode="r")))
         self._first = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
         self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
         self.text_bytes = np.concatenate(text_bytes)
@@ -329,3 +338,130 @@ def _load(stem: Path, suffix: str, shape: tuple[int, ...]) -> np.ndarray:
         got = f"{values.dtype.name}{list(values.shape)}"
         raise DataError("the file was changed", where=str(path), got=got, allowed=f"int64{list(shape)}", next=_REMAKE)
     return values
+
+
+# ---------------------------------------------------------------- checking
+
+
+def check(folder: Path) -> list[str]:
+    """Reads all splits of the data set `folder` and returns what is wrong, in plain words; empty = everything fits.
+
+    Records: each line is a record, keys are unique within and across splits, and counts per shard, domain and source are exact.
+    Tokens: file sizes, counts and text bytes are exact, offsets rise, ids lie in the vocabulary, keys are unique.
+    """
+    splits = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
+    if not splits:
+        return [f"{folder}: no split with an {INDEX}"]
+    problems: list[str] = []
+    owner: dict[str, dict[str, str]] = {"records": {}, "tokens": {}}
+    for split in splits:
+        path = folder / split / INDEX
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            problems.append(f"{path}: not JSON: {error}")
+            continue
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            problems.append(f"{path}: format is not {FORMAT}")
+            continue
+        for section, run in (("records", _check_records), ("tokens", _check_tokens)):
+            if section not in index:
+                continue
+            try:
+                problems += run(folder, split, owner[section])
+            except DataError as error:
+                problems.append(str(error))
+            except (KeyError, TypeError, AttributeError) as error:
+                problems.append(f"{path}: the section {section!r} is damaged: {type(error).__name__}: {error}")
+    return problems
+
+
+def _check_records(folder: Path, split: str, owner: dict[str, str]) -> list[str]:
+    index = read_index(folder, split, "records")
+    problems: list[str] = []
+    total = _zeros("records", "chars", "text_bytes")
+    by: dict[str, dict[str, dict[str, int]]] = {"domains": {}, "sources": {}}
+    for shard in index["shards"]:
+        path = folder / split / shard["file"]
+        if not path.is_file():
+            problems.append(f"{path}: missing although the index lists it")
+            continue
+        counts = _zeros("records", "chars", "text_bytes")
+        try:
+            for number, value in files.read_jsonl(path):
+                at = f"{path}:{number}"
+                record = check_record(value, at)
+                _claim(record.get("key"), split, owner, at, problems)
+                text = text_of(record)
+                one = {"records": 1, "chars": len(text), "text_bytes": len(text.encode())}
+                tables = [
+                    by[t].setdefault(record.get(tag) or "", {}) for t, tag in (("domains", "domain"), ("sources", "source"))
+                ]
+                _add(one, counts, total, *tables)
+        except DataError as error:
+            problems.append(str(error))
+            continue  # the rest of this shard was not read, so its counts say nothing
+        problems += _compare(str(path), {**counts, "file_bytes": path.stat().st_size}, shard)
+    if not problems:
+        problems += _compare(f"{folder / split / INDEX}, records", {**total, **by}, index)
+    return problems
+
+
+def _check_tokens(folder: Path, split: str, owner: dict[str, str]) -> list[str]:
+    reader = TokenReader(folder, split)  # sizes, shapes and number types
+    where = f"{folder / split}, tokens"
+    problems: list[str] = []
+    total = _zeros("documents", "tokens", "text_bytes")
+    by: dict[str, dict[str, dict[str, int]]] = {"domains": {}, "sources": {}}
+    for stem, offsets, tokens, shard in zip(reader._stems, reader._offsets, reader._tokens, reader.index["shards"]):
+        path = stem.with_suffix(".idx")
+        if offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) <= 0).any():
+            problems.append(f"{path}: offsets must rise from 0 to {shard['tokens']}; they go from {offsets[0]} to {offsets[-1]}")
+        top = int(tokens.max())
+        if top >= reader.vocab_size:
+            at = int(np.argmax(tokens >= reader.vocab_size))
+            problems.append(f"{stem.with_suffix('.bin')}: token {at} is {int(tokens[at])}, not under {reader.vocab_size}")
+        _add({"documents": len(offsets) - 1, "tokens": len(tokens), "text_bytes": 0}, total)
+    for i, (length, size) in enumerate(zip(reader.lengths.tolist(), reader.text_bytes.tolist())):
+        _claim(reader.key(i), split, owner, f"{where}, document {i}", problems)
+        one = {"documents": 1, "tokens": length, "text_bytes": size}
+        _add(one, by["domains"].setdefault(reader.domain(i), {}), by["sources"].setdefault(reader.source(i), {}))
+    total["text_bytes"] = int(reader.text_bytes.sum())
+    if not problems:
+        problems += _compare(where, {**total, **by}, reader.index)
+        problems += _compare_shards(reader)
+    return problems
+
+
+def _compare_shards(reader: TokenReader) -> list[str]:
+    problems, first = [], 0
+    for stem, shard in zip(reader._stems, reader.index["shards"]):
+        found = int(reader.text_bytes[first : first + shard["documents"]].sum())
+        problems += _compare(str(stem.with_suffix(".bytes")), {"text_bytes": found}, shard)
+        first += shard["documents"]
+    return problems
+
+
+def _zeros(*names: str) -> dict[str, int]:
+    return dict.fromkeys(names, 0)
+
+
+def _add(one: dict[str, int], *tables: dict[str, int]) -> None:
+    for table in tables:
+        for name, count in one.items():
+            table[name] = table.get(name, 0) + count
+
+
+def _claim(key: Any, split: str, owner: dict[str, str], at: str, problems: list[str]) -> None:
+    if not isinstance(key, str) or not key:
+        problems.append(f"{at}: no key")
+    elif key in owner:
+        problems.append(f"{at}: the key {key!r} occurs twice (also in {owner[key]})")
+    else:
+        owner[key] = split
+
+
+def _compare(where: str, found: dict[str, Any], said: dict[str, Any]) -> list[str]:
+    return [
+        f"{where}: {name} is {value}, the index says {said.get(name)}" for name, value in found.items() if said.get(name) != value
+    ]

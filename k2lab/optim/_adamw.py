@@ -19,9 +19,9 @@ class AdamWPart:
         self.exp_avg = {row.name: _zeros(weight) for row, _, weight in params}
         self.exp_avg_sq = {row.name: _zeros(weight) for row, _, weight in params}
         # Updates done per parameter: one that had no gradient in some steps has its own bias correction.
-        self.counts = torch.zeros(len(params), dtype=torch.float32)
-        on_device = {weight.device: self.counts.to(weight.device, copy=True) for _, _, weight in params}
-        self.steps = [on_device[weight.device][index] for index, (_, _, weight) in enumerate(params)]
+        # Fused kernels want the counts beside the weights, the others want them on the CPU.
+        places = [weight.device if weight.device.type in FUSED_DEVICES else torch.device("cpu") for _, _, weight in params]
+        self.steps = [torch.zeros((), dtype=torch.float32, device=place) for place in places]
 
     def update(self, lr: float) -> None:
         """One step with learning rate `lr` x the row's `lr_scale`. Parameters without a gradient are left alone."""
@@ -33,7 +33,7 @@ class AdamWPart:
             rows, params, weights = zip(*(self.params[index] for index in indices))
             adamw(
                 list(weights),
-                [param.grad.to(weight.dtype) for param, weight in zip(params, weights)],
+                [param.grad.to(weight.dtype).contiguous() for param, weight in zip(params, weights)],
                 [self.exp_avg[row.name] for row in rows],
                 [self.exp_avg_sq[row.name] for row in rows],
                 [],
@@ -50,7 +50,7 @@ class AdamWPart:
             )
 
     def state(self) -> dict[str, Tensor]:
-        """{"adamw.exp_avg/<name>", "adamw.exp_avg_sq/<name>"}: the live tensors; "adamw.steps": a copy, see `load_steps`."""
+        """{"adamw.exp_avg/<name>": ..., "adamw.exp_avg_sq/<name>": ...}, the live tensors."""
         found = {f"adamw.exp_avg/{name}": tensor for name, tensor in self.exp_avg.items()}
         found |= {f"adamw.exp_avg_sq/{name}": tensor for name, tensor in self.exp_avg_sq.items()}
         return found

@@ -33,4 +33,6 @@ def check(
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise RecipeError("max_grad_norm must be positive", got=max_grad_norm, allowed='a number above 0, or "none"')
     if not callable(getattr(schedule, "factor", None)):
-        raise RecipeError("schedule has no method factor(step, total_steps)", got=schedule, allowed=", ".join(slots.names("schedule")))
+        raise RecipeError(
+            "schedule has no method factor(step, total_steps)", got=schedule, allowed=", ".join(slots.names("schedule"))
+        )

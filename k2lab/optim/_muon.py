@@ -40,6 +40,11 @@ class _Entry:
     momentum: Tensor
 
     @property
+    def grad(self) -> Tensor:
+        assert self.param.grad is not None
+        return self.param.grad
+
+    @property
     def rows_cols(self) -> tuple[int, int]:
         return matrix_shape(self.row.shape, self.row.split)
 
@@ -86,7 +91,7 @@ class MuonPart:
             return
         momenta = [entry.momentum for entry in live]
         torch._foreach_mul_(momenta, self.settings.momentum)
-        torch._foreach_add_(momenta, [entry.param.grad for entry in live])
+        torch._foreach_add_(momenta, [entry.grad for entry in live])
         for decay in {entry.row.weight_decay for entry in live} - {0.0}:
             torch._foreach_mul_([e.weight for e in live if e.row.weight_decay == decay], 1.0 - lr * decay)
         groups: dict[tuple, list[_Entry]] = {}
@@ -118,7 +123,8 @@ class MuonPart:
         rows, cols = entry.rows_cols
         momentum = entry.momentum.view(-1, rows, cols)[start:stop]
         if self.settings.nesterov:
-            gradient = entry.param.grad.reshape(-1, rows, cols)[start:stop]
+            gradient = entry.grad.reshape(-1, rows, cols)[start:stop]
+            # Adding first and transposing by one copy is faster than adding transposed.
             momentum = torch.add(gradient, momentum, alpha=self.settings.momentum)
         out_BMN.copy_(momentum.mT if rows > cols else momentum)
 

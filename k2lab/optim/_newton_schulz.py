@@ -24,8 +24,8 @@ GRAM_RESTART = 2
 def newton_schulz(x_BMN: Tensor, steps: int, bf16: bool) -> Tensor:
     """Orthogonalises each matrix of `x_BMN` (M <= N, float32 or float64; left unchanged).
 
-    Returns [B, M, N] in bfloat16 if `bf16`, else in x's own type. In full precision the iteration runs on the small Gram side where
-    that needs fewer multiplications; bfloat16 cannot resolve a Gram matrix and always takes the plain form.
+    Returns [B, M, N] in bfloat16 if `bf16`, else in x's own type. In full precision the iteration runs on the small Gram side
+    where that needs fewer multiplications; bfloat16 cannot resolve a Gram matrix and always takes the plain form.
     """
     rows, cols = x_BMN.shape[-2:]
     assert rows <= cols, f"transpose first: {rows} x {cols}"
@@ -51,28 +51,31 @@ def gram(x_BMN: Tensor, steps: int) -> Tensor:
     Every step multiplies X from the left by P = aI + bG + cG^2, a polynomial in G = X X^T; all of them commute, so the next Gram
     matrix is G P^2 and the steps' product Q is applied to X once. Restarted after `GRAM_RESTART` steps.
     """
-    product_BMM = gram_BMM = None
-    for step in range(steps):
-        if step == GRAM_RESTART:
-            x_BMN, product_BMM, gram_BMM = torch.bmm(product_BMM, x_BMN), None, None
-        if gram_BMM is None:
-            gram_BMM = torch.bmm(x_BMN, x_BMN.mT)
-        poly_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=B, alpha=C)
-        poly_BMM.diagonal(dim1=-2, dim2=-1).add_(A)
-        product_BMM = poly_BMM if product_BMM is None else torch.bmm(product_BMM, poly_BMM)
-        if step + 1 not in (GRAM_RESTART, steps):
-            gram_BMM = torch.bmm(torch.bmm(gram_BMM, poly_BMM), poly_BMM)
-    return x_BMN if product_BMM is None else torch.bmm(product_BMM, x_BMN)
+    for count in _phases(steps):
+        gram_BMM = torch.bmm(x_BMN, x_BMN.mT)
+        product_BMM: Tensor | None = None
+        for step in range(count):
+            poly_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=B, alpha=C)
+            poly_BMM.diagonal(dim1=-2, dim2=-1).add_(A)
+            product_BMM = poly_BMM if product_BMM is None else torch.bmm(product_BMM, poly_BMM)
+            if step + 1 < count:
+                gram_BMM = torch.bmm(torch.bmm(gram_BMM, poly_BMM), poly_BMM)
+        if product_BMM is not None:
+            x_BMN = torch.bmm(product_BMM, x_BMN)
+    return x_BMN
+
+
+def _phases(steps: int) -> list[int]:
+    """Lengths of the runs of steps between two Gram matrices formed from X itself."""
+    return [count for count in (min(steps, GRAM_RESTART), steps - GRAM_RESTART) if count > 0]
 
 
 def gram_is_cheaper(rows: int, cols: int, steps: int) -> bool:
     """Compares multiplications in units of rows^2: plain needs 2 cols + rows per step."""
     small = big = 0  # products of M x M matrices, and of M x M with M x N (or M x N with N x M)
-    for first, last in ((0, min(steps, GRAM_RESTART)), (GRAM_RESTART, steps)):
-        if last > first:
-            count = last - first
-            small += count + (count - 1) + 2 * (count - 1)  # G^2; Q P; G P P
-            big += 2
+    for count in _phases(steps):
+        small += count + (count - 1) + 2 * (count - 1)  # G^2; Q P; G P P
+        big += 2
     return small * rows + big * cols < steps * (2 * cols + rows)
 
 
@@ -106,13 +109,21 @@ def _native_bf16() -> str:
 
 
 def _trial() -> float:
-    """Time of bfloat16 over time of float32 for a stack of expert-sized matrices; the best of several interleaved runs."""
+    """Time of bfloat16 over time of float32 for a stack of expert-sized matrices; the best of several interleaved runs.
+
+    One thread and its own CPU time, so that neighbours on a busy machine don't decide.
+    """
     x_BMN = torch.ones(8, 128, 256)
     best = {False: float("inf"), True: float("inf")}
-    for attempt in range(7):
-        for bf16 in (False, True):
-            began = time.perf_counter()
-            newton_schulz(x_BMN, 5, bf16)
-            if attempt:  # the first run warms up
-                best[bf16] = min(best[bf16], time.perf_counter() - began)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for attempt in range(6):
+            for bf16 in (False, True):
+                began = time.thread_time()
+                newton_schulz(x_BMN, 5, bf16)
+                if attempt:  # the first run warms up
+                    best[bf16] = min(best[bf16], time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
     return best[True] / best[False]

@@ -26,7 +26,7 @@ GATE_VECTORS = frozenset({"A_log", "dt_bias"})
 
 @dataclass(frozen=True)
 class TableRow:
-    """One parameter: `optimizer` is "muon", "adamw" or "frozen"; its update is scaled by `lr_scale` x lr, its decay is `weight_decay`.
+    """One parameter: `optimizer` is "muon", "adamw" or "frozen"; its update is scaled by `lr_scale` x lr.
 
     For Muon `lr_scale` is 0.2 sqrt(max(rows, cols)) of one of its matrices; the decay uses the raw lr. `split` = row blocks into
     which each matrix is cut before it is orthogonalised (heads, or gate and up).
@@ -44,8 +44,8 @@ class TableRow:
 def route(name: str, shape: tuple[int, ...], heads: dict[str, int]) -> tuple[str, int, bool, str]:
     """(optimizer, split, decayed, note) of one trainable parameter under MuonClip. `heads` {name: H} are split per head.
 
-    Muon: 2-D matrices (router gates included) and experts [E, out, in]. AdamW: embeddings, output heads, norms, biases, convolution
-    kernels, decay gates of KDA, and whatever is neither 2-D nor known experts.
+    Muon: 2-D matrices (router gates included) and experts [E, out, in]. AdamW: embeddings, output heads, norms, biases,
+    convolution kernels, decay gates of KDA, and whatever is neither 2-D nor known experts.
     """
     parts = name.removesuffix(".weight").split(".")
     leaf = parts[-1]
@@ -128,7 +128,7 @@ def table_hash(rows: Iterable[TableRow]) -> str:
 
 
 def head_splits(layouts: Iterable[RowLayout]) -> dict[str, int]:
-    """{name: heads} of the projections that `per_head` cuts: queries into [nope | rope] blocks, keys/values into [k_nope | v] blocks."""
+    """{name: heads} of what `per_head` cuts: queries into [nope | rope] blocks, keys/values into [k_nope | v] blocks."""
     found: dict[str, int] = {}
     for layout in layouts:
         found[layout.q] = found[layout.kv] = layout.num_heads
@@ -136,7 +136,7 @@ def head_splits(layouts: Iterable[RowLayout]) -> dict[str, int]:
 
 
 def table_text(rows: list[TableRow]) -> str:
-    """The table for people: equal rows of several layers are folded into one (`model.layers.{1-60}.mlp.gate.weight`), then totals."""
+    """The table for people: equal rows of several layers folded into one (`model.layers.{1-60}.mlp.gate.weight`), totals."""
     folded: dict[tuple, list[int]] = {}
     for row in rows:
         match = re.search(r"\blayers\.(\d+)\.", row.name)

@@ -1,4 +1,4 @@
-"""Line charts and heat maps as inline SVG. Complete without JavaScript; numbers for the hover read-out ride in data attributes."""
+"""Line charts and heat maps as inline SVG. Complete without JavaScript; data attributes carry the hover read-out."""
 
 from __future__ import annotations
 
@@ -160,7 +160,9 @@ def line_chart(chart: LineChart, key: str) -> str:
     for value, label in chart.levels:
         y = _px(frame.y(value))
         body.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        body.append(f'<text class="lab" x="{WIDTH - RIGHT - 2}" y="{_px(frame.y(value) - 4)}" text-anchor="end">{escape(label)}</text>')
+        body.append(
+            f'<text class="lab" x="{WIDTH - RIGHT - 2}" y="{_px(frame.y(value) - 4)}" text-anchor="end">{escape(label)}</text>'
+        )
     for step, label in chart.moments:
         x = _px(frame.x(step))
         body.append(f'<line class="moment" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
@@ -180,7 +182,8 @@ def line_chart(chart: LineChart, key: str) -> str:
     unit = f' <span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
     help_text = f'<p class="chart-help">{escape(chart.help)}</p>' if chart.help else ""
     note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
-    return f'<figure class="chart"><figcaption>{escape(chart.title)}{unit}</figcaption>{help_text}{svg}{_legend(chart)}{note}</figure>'
+    caption = f"<figcaption>{escape(chart.title)}{unit}</figcaption>"
+    return f'<figure class="chart">{caption}{help_text}{svg}{_legend(chart)}{note}</figure>'
 
 
 def _axes(frame: _Frame, chart: LineChart) -> str:
@@ -195,7 +198,9 @@ def _axes(frame: _Frame, chart: LineChart) -> str:
     for value in ticks(frame.x0, frame.x1, 5):
         x = frame.x(value)
         anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
-        parts.append(f'<text class="tick" x="{_px(x)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{figures.compact(value)}</text>')
+        parts.append(
+            f'<text class="tick" x="{_px(x)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{figures.compact(value)}</text>'
+        )
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="tick" x="{_px(middle)}" y="{HEIGHT - 4}" text-anchor="middle">{escape(chart.x_name)}</text>')
@@ -232,13 +237,13 @@ def _readout(chart: LineChart, frame: _Frame, lines: list[tuple[Series, list[tup
         lines = [(line, points) for line, points in lines if [x for x, _ in points] == [x for x, _ in longest]]
     if not lines:
         return ""
-    steps = ",".join(f"{x:g}" for x, _ in lines[0][1])
+    steps = ",".join(f"{x:.10g}" for x, _ in lines[0][1])
     table = "|".join(
         f"{line.name.replace('|', ' ').replace('~', ' ')}~{_colour(line.colour)}~"
         + ",".join("" if value is None else f"{value:.4g}" for _, value in points)
         for line, points in lines[:8]
     )
-    box = f"{LEFT},{WIDTH - RIGHT},{frame.x0:g},{frame.x1:g}"
+    box = f"{LEFT},{WIDTH - RIGHT},{frame.x0:.10g},{frame.x1:.10g},{WIDTH},{TOP},{HEIGHT - BOTTOM}"
     return f'data-x="{steps}" data-s="{escape(table)}" data-b="{box}" data-n="{escape(chart.x_name)}"'
 
 
@@ -294,12 +299,13 @@ def heat_map(title: str, steps: list[float], rows_CE: list[list[float]], key: st
         anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
         body.append(f'<text class="tick" x="{_px(x)}" y="{bottom + 15}" text-anchor="{anchor}">{figures.compact(value)}</text>')
     body.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) // 2}" y="{bottom + 30}" text-anchor="middle">step</text>')
-    worst = max(rows_CE[-1])
-    text = f"{num_experts} experts; at the end the busiest has {figures.plain(worst)} times an even share, the idlest {figures.plain(min(rows_CE[-1]))}"
+    most, least = figures.plain(max(rows_CE[-1])), figures.plain(min(rows_CE[-1]))
+    text = f"{num_experts} experts; at the end the busiest has {most} times an even share, the idlest {least}"
     notes = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
         f'<figure class="chart"><figcaption>{escape(title)} <span class="unit">expert number, top to bottom</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {bottom + 34}" role="img" aria-labelledby="{key}-t {key}-d"><title id="{key}-t">{escape(title)}</title>'
+        f'<svg viewBox="0 0 {WIDTH} {bottom + 34}" role="img" aria-labelledby="{key}-t {key}-d">'
+        f'<title id="{key}-t">{escape(title)}</title>'
         f'<desc id="{key}-d">{escape(text)}</desc>{"".join(body)}</svg>{notes}</figure>'
     )
 

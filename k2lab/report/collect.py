@@ -129,11 +129,11 @@ def collect(run_dir: Path) -> RunView:
     env = _json(run_dir / "env.json", problems)
     history = events.read(run_dir / "events")
     manifests = _manifests(run_dir / "stages", problems)
-    run_start = next((event for event in reversed(history) if event["kind"] == "run_start"), {})
-    stages = _stages(recipe, history, manifests, problems)
+    run_start: dict[str, Any] = next((event for event in reversed(history) if event["kind"] == "run_start"), {})
+    stages = _stages(recipe, run_start, history, manifests, problems)
     used = {stage.directory for stage in stages}
     others = sorted(path.name for path in manifests if path not in used)
-    name = recipe.get("name") or _recipe_name(run_start.get("recipe")) or run_dir.resolve().name
+    name = recipe.get("name") or _recipe_name(run_start.get("recipe") or env.get("recipe")) or run_dir.resolve().name
     return RunView(run_dir, str(name), recipe, recipe_text, resolved_text, env, run_start, stages, others, problems)
 
 
@@ -199,12 +199,20 @@ def _recipe_name(value: Any) -> str:
     """The recipe's name from a run_start event, which may carry a name, a path or a table."""
     if isinstance(value, dict):
         value = value.get("name") or value.get("path")
-    return Path(value).stem if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    return Path(value).stem if value.endswith(".toml") else value
 
 
 def _stages(
-    recipe: dict[str, Any], history: list[dict[str, Any]], manifests: dict[Path, dict[str, Any]], problems: list[str]
+    recipe: dict[str, Any],
+    run_start: dict[str, Any],
+    history: list[dict[str, Any]],
+    manifests: dict[Path, dict[str, Any]],
+    problems: list[str],
 ) -> list[StageView]:
+    given = run_start.get("stages")
+    planned: dict[str, Any] = given if isinstance(given, dict) else {}
     tables: dict[str, dict[str, Any]] = {}
     listed = recipe.get("stage")
     for table in listed if isinstance(listed, list) else []:
@@ -224,7 +232,11 @@ def _stages(
     stages = []
     for name in names:
         log = logs.get(name, [])
-        directory = _present(name, tables.get(name), recipe, log, manifests, chosen)
+        if planned.get(name):  # the run itself said which artifact it wants
+            fitting = (path for path, m in manifests.items() if _same(str(m.get("identity", "")), str(planned[name])))
+            directory = next((path for path in fitting if manifests[path].get("name") == name), None)
+        else:
+            directory = _present(name, tables.get(name), recipe, log, manifests, chosen)
         stage = _stage(name, tables.get(name, {}), log, directory, manifests.get(directory, {}) if directory else {}, problems)
         if directory:
             chosen[name] = stage.identity

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 MINUS = "\u2212"
@@ -119,10 +119,10 @@ def when(moment: Any) -> str:
     seconds = number(moment)
     try:
         if seconds is not None:
-            point = datetime.fromtimestamp(seconds, timezone.utc)
+            point = datetime.fromtimestamp(seconds, UTC)
         else:
             point = datetime.fromisoformat(str(moment))
-            point = point.astimezone(timezone.utc) if point.tzinfo else point.replace(tzinfo=timezone.utc)
+            point = point.astimezone(UTC) if point.tzinfo else point.replace(tzinfo=UTC)
     except (ValueError, OverflowError, OSError):
         return str(moment or "")
     return f"{point.day} {point:%b %Y, %H:%M} UTC"

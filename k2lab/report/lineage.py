@@ -42,11 +42,15 @@ def lineage_svg(run: RunView) -> str:
     width = len(columns) * BOX_W + (len(columns) - 1) * GAP_X + 2 * PAD
     drawn = [_edge(chain, role) for chain, role in chains]
     drawn += [_box(node) for node in nodes.values()]
-    text = "; ".join(f"{edges_to} comes from {', '.join(sorted(set(froms)))}" for edges_to, froms in _spoken(nodes, edges).items())
+    text = "; ".join(
+        f"{edges_to} comes from {', '.join(sorted(set(froms)))}" for edges_to, froms in _spoken(nodes, edges).items()
+    )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Lineage drawing; scrolls sideways"><svg class="dag" width="{width}" '
+        '<div class="scroll" tabindex="0" role="region" aria-label="Lineage drawing; scrolls sideways">'
+        f'<svg class="dag" width="{width}" '
         f'height="{height:.0f}" viewBox="0 0 {width} {height:.0f}" role="img" aria-labelledby="dag-t dag-d">'
-        f'<title id="dag-t">Which artifact was made from which</title><desc id="dag-d">{escape(text)}</desc>{"".join(drawn)}</svg></div>'
+        f'<title id="dag-t">Which artifact was made from which</title><desc id="dag-d">{escape(text)}</desc>'
+        f"{''.join(drawn)}</svg></div>"
     )
 
 
@@ -64,12 +68,16 @@ def _graph(run: RunView) -> tuple[dict[str, _Node], list[tuple[str, str, str]]]:
             nodes[stage.name] = _Node(stage.name, (stage.name, stage.type, words), "box open")
         for role, parent, identity in stage.parents():
             if parent not in names and parent not in nodes:
-                nodes[parent] = _Node(parent, (parent, "from outside this run", f"id {identity[:8]}" if identity else ""), "box outside")
+                nodes[parent] = _Node(
+                    parent, (parent, "from outside this run", f"id {identity[:8]}" if identity else ""), "box outside"
+                )
             edges.append((parent, stage.name, role))
         if stage.status != "done":  # what the recipe says it will be made from
             values = [v for value in stage.table.values() for v in (value if isinstance(value, list) else [value])]
             edges += [(v, stage.name, "") for v in values if isinstance(v, str) and v in names and v != stage.name]
-    return nodes, [edge for i, edge in enumerate(edges) if edge[:2] not in [other[:2] for other in edges[:i]] and edge[0] != edge[1]]
+    return nodes, [
+        edge for i, edge in enumerate(edges) if edge[:2] not in [other[:2] for other in edges[:i]] and edge[0] != edge[1]
+    ]
 
 
 def _columns(nodes: dict[str, _Node], edges: list[tuple[str, str, str]]) -> None:
@@ -155,7 +163,8 @@ def _edge(chain: list[_Node], role: str) -> str:
 def _box(node: _Node) -> str:
     x, y = _x(node), node.y
     texts = "".join(
-        f'<text class="{"name" if i == 0 else "sub"}" x="{x + 14:.0f}" y="{y + 25 + 18 * i:.0f}">{escape(_cut(line, 20 if i == 0 else 26))}</text>'
+        f'<text class="{"name" if i == 0 else "sub"}" x="{x + 14:.0f}" y="{y + 25 + 18 * i:.0f}">'
+        f"{escape(_cut(line, 20 if i == 0 else 26))}</text>"
         for i, line in enumerate(node.lines)
     )
     title = f"<title>{escape(' | '.join(line for line in node.lines if line))}</title>"

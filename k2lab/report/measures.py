@@ -100,11 +100,15 @@ class Evaluation:
 
 
 def evaluation(run: RunView) -> Evaluation:
-    """Merges the results of all finished evaluate stages; of the same figure measured twice, the later stage's counts."""
+    """What all finished evaluate stages measured; of the same figure measured twice, the later stage's counts."""
+    return merge([stage.results for stage in run.stages if stage.results])
+
+
+def merge(results: list[dict[str, Any]]) -> Evaluation:
+    """Merges parsed `results.json` files, the later ones over the earlier. Entries without a name or a value are left out."""
     merged = Evaluation()
-    for stage in run.stages:
-        if stage.results:
-            _add(merged, stage.results)
+    for item in results:
+        _add(merged, item)
     return merged
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from k2lab.report import figures
 from k2lab.report.collect import RunView, StageView, collect
-from k2lab.report.measures import Evaluation, Measure, ModelView, evaluation
+from k2lab.report.measures import Evaluation, Measure, ModelView, evaluation, merge
 
 _EMPTY = {"metric": None, "before": None, "after": None, "low": None, "high": None, "n": None}
 
@@ -114,30 +114,50 @@ def summary_text(run_dir: Path) -> str:
     """The summary as a table for a terminal; plain ASCII apart from what the run itself contains."""
     run = collect(run_dir)
     heads = ["stage", "metric", "before", "after", "change", "95% interval", "n", "", "time", "memory"]
-    lines, last = [], ""
+    lines, last = [], None
     for row in rows(run, evaluation(run)):
-        _, unit = figures.scaled(row.get("unit") or "")
-        metric = (row["metric"] or "-") + (f" ({unit})" if unit and row["metric"] else "")
         first = row["stage"] != last
         last = row["stage"]
         memory = figures.size(row["peak_rss_mb"] * 1e6) if row["peak_rss_mb"] is not None else figures.DASH
         texts = [shown(row, "before"), shown(row, "after"), shown(row, "change", True), interval(row)]
         if row["metric"] is None:
             texts = [figures.DASH] * 4
-        num = figures.count(row["n"]) if row["n"] is not None else figures.DASH
-        mark = row.get("verdict", "")
         cost = [figures.duration(row["seconds"]), memory] if first else ["", ""]
-        lines.append([_label(run.stage(row["stage"]), row["stage"]) if first else "", metric, *texts, num, mark, *cost])
-    widths = [max(len(_ascii(line[i])) for line in [heads, *lines]) for i in range(len(heads))]
-    left = {0, 1, 7}
+        name = _label(run.stage(row["stage"]), row["stage"]) if first else ""
+        lines.append([name, _metric(row), *texts, figures.count(row["n"]), row.get("verdict", ""), *cost])
+    return _table(heads, lines, left={0, 1, 7}) + f"\ntotal: {_ascii(figures.duration(run.total_seconds))}\n"
 
-    def join(line: list[str]) -> str:
-        cells = (_ascii(t).ljust(w) if i in left else _ascii(t).rjust(w) for i, (t, w) in enumerate(zip(line, widths)))
-        return "  ".join(cells).rstrip()
 
-    rule = "  ".join("-" * width for width in widths)
-    total = f"total: {figures.duration(run.total_seconds)}"
-    return _ascii("\n".join([join(heads), rule, *map(join, lines), rule, total])) + "\n"
+def results_text(results: dict[str, Any]) -> str:
+    """A parsed `results.json` as a table for a terminal: every model's metrics, then the baselines."""
+    found = merge([results])
+    lines = []
+    for model in found.ordered():
+        for n, item in enumerate(model.measures.values()):
+            row = {"metric": item.metric, "unit": item.unit, "after": item.value, "low": item.low, "high": item.high}
+            values = [shown(row, "after"), interval(row), figures.count(item.n)]
+            lines.append([model.label if n == 0 else "", _metric(row), *values, item.settings])
+    for baseline in found.baselines:
+        row = {"metric": baseline.metric, "unit": baseline.unit, "after": baseline.value, "low": None, "high": None}
+        lines.append([baseline.name, _metric(row), shown(row, "after"), figures.DASH, figures.DASH, "baseline"])
+    return _table(["model", "metric", "value", "95% interval", "n", "measured with"], lines, left={0, 1, 5})
+
+
+def _table(heads: list[str], lines: list[list[str]], left: set[int]) -> str:
+    table = [[_ascii(text) for text in line] for line in [heads, *lines]]
+    widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
+    table.insert(1, ["-" * width for width in widths])
+    rendered = (
+        "  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip() for line in table
+    )
+    return "\n".join(rendered) + "\n"
+
+
+def _metric(row: dict[str, Any]) -> str:
+    if row["metric"] is None:
+        return figures.DASH
+    _, unit = figures.scaled(row.get("unit") or "")
+    return f"{row['metric']} ({unit})" if unit else row["metric"]
 
 
 def _label(stage: StageView | None, name: str) -> str:
@@ -147,6 +167,7 @@ def _label(stage: StageView | None, name: str) -> str:
 
 
 def _ascii(text: str) -> str:
+    """Our own special characters in ASCII; control characters, which could command a terminal, as `?`."""
     for special, simple in ((figures.MINUS, "-"), (figures.DASH, "-"), (figures.THIN, " ")):
         text = text.replace(special, simple)
-    return text
+    return "".join(char if char.isprintable() else "?" for char in text)

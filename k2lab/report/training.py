@@ -64,7 +64,8 @@ def _with_band(name: str, points: Points, colour: int) -> tuple[list[Series], li
 
 
 def _is_loss(name: str) -> bool:
-    return any(word in name.lower() for word in ("loss", "nll", "cross_entropy"))
+    """Validation of a loss term is recorded as `valid/<term>`; other names are metrics with a chart of their own."""
+    return name.startswith("valid/") or any(word in name.lower() for word in ("loss", "nll", "cross_entropy"))
 
 
 def _valid_points(stage: StageView) -> dict[str, Points]:
@@ -79,27 +80,30 @@ def _loss(stage: StageView) -> list[LineChart]:
     lines: list[Series] = []
     bands: list[Band] = []
     broken: set[float] = set()
-    for term in _names(stage, "losses"):
+    terms = _names(stage, "losses")
+    alone = len(terms) == 1
+    for term in terms:
         points = _points(stage, lambda event, term=term: _table(event, "losses").get(term))  # type: ignore[misc]
         broken |= {x for x, value in points if value is None}
         if _known(points):
-            series, band = _with_band(term if term.lower() != "loss" else "training", points, len(lines))
+            series, band = _with_band("training" if alone else f"training {term}", points, len(lines))
             lines, bands = lines + series, bands + band
     for name, points in _valid_points(stage).items():
         if _is_loss(name):
-            lines.append(Series("validation" if name in ("loss", "valid_loss", "val_loss") else name, points, len(lines), dots=True))
+            label = "validation" if alone else f"validation {name.removeprefix('valid/')}"
+            lines.append(Series(label, points, len(lines), dots=True))
     if not lines:
         return []
     note = f"No finite value at {len(broken)} steps, first at step {min(broken):g}." if broken else ""
     return [
         LineChart(
-            "Training loss",
-            "nats per token",
+            "Loss in training",
+            "nats per token" if alone else "",
             lines,
             bands,
             moments=_moments(stage),
             note=note,
-            help="How surprised the model is by the text it is learning from. It should fall, fast at first.",
+            help="How surprised the model is by the text it learns from, and by held-out text. Both should fall.",
         )
     ]
 
@@ -187,14 +191,18 @@ def _logits(stage: StageView) -> list[LineChart]:
     bands: list[Band] = []
     if len(heads) <= MAX_HEADS:
         layers = list(dict.fromkeys(name.partition(",")[0] for name, _ in heads))
-        lines = [Series(name.partition(",")[0], points, layers.index(name.partition(",")[0]), quiet=True) for name, points in heads]
+        lines = [
+            Series(name.partition(",")[0], points, layers.index(name.partition(",")[0]), quiet=True) for name, points in heads
+        ]
         extra = f"{len(heads)} heads; one line each, coloured by layer."
     else:
         strongest = sorted(heads, key=lambda item: -tops[item[0]])[:4]
         lines = [Series(name, points, i + 1, quiet=True) for i, (name, points) in enumerate(strongest)]
         bands = [Band(f"all {len(heads)} heads", _range([points for _, points in heads]), 0)]
         extra = "The shaded range covers all heads; the four with the largest logits are drawn."
-    clipped = [(float(e["step"]), sum(len(h) if isinstance(h, list) else 1 for h in _table(e, "clipped").values())) for e in stage.steps]
+    clipped = [
+        (float(e["step"]), sum(len(h) if isinstance(h, list) else 1 for h in _table(e, "clipped").values())) for e in stage.steps
+    ]
     clipped = [(step, num) for step, num in clipped if num]
     bound = tau(stage.table.get("optim")) or tau((stage.manifest.get("stage") or {}).get("optim"))
     note = extra
@@ -218,7 +226,7 @@ def _logits(stage: StageView) -> list[LineChart]:
             events=[(step, f"{num} clipped") for step, num in clipped],
             events_name="step with a clipped head",
             note=note,
-            help="Attention scores that grow without bound make training explode. MuonClip scales a head down when it passes \u03c4.",
+            help="Attention scores that grow without bound make training explode. MuonClip scales down any head above \u03c4.",
         )
     ]
 
@@ -322,6 +330,9 @@ def _heat_maps(stage: StageView, key: str) -> list[str]:
 def headline(stage: StageView) -> str:
     """One line above the charts: steps, tokens, resumes."""
     parts = [f"{figures.count(len(stage.steps))} optimizer steps"]
+    tokens = sum(number(event.get("tokens")) or 0 for event in stage.steps)
+    if tokens:
+        parts.append(f"{figures.count(tokens)} tokens trained on")
     if stage.total and stage.steps and stage.reached is not None and stage.status != "done":
         parts[0] = f"step {figures.count(stage.reached)} of {figures.count(stage.total)}"
     for step in stage.resumed_at:

@@ -8,8 +8,9 @@ import re
 _METRICS: dict[str, tuple[str, str]] = {
     "bits_per_byte": (
         "Bits per byte",
-        "How many bits the model needs, on average, to encode one byte of text it has not seen. It measures surprise: random bytes "
-        "need 8, good compressors about 2. It does not depend on the tokenizer, so different models can be compared. Lower is better.",
+        "How many bits the model needs, on average, to encode one byte of text it has not seen. It "
+        "measures surprise: random bytes "
+        "need 8. It does not depend on the tokenizer, so different models can be compared. Lower is better.",
     ),
     "bits_per_token": (
         "Bits per token",

@@ -23,9 +23,9 @@ IMPLEMENTATION = "k2lab_absorbed"
 def absorbed_decoding(model: Any, enabled: bool = True) -> Iterator[bool]:
     """Within this context, single-token forwards of `model` with a cache use absorbed attention; yields whether they do.
 
-    Applies if every latent-attention layer of the model is transformers' own class (its cache holds normalised latents and
-    rotated keys, and `expand_kv` turns them into keys and values) with a plain linear expansion; other models are left as they
-    are. Prefill must happen outside of this context.
+    Applies if every latent-attention layer of the model is transformers' own class or derives from it (its cache holds normalised
+    latents and rotated keys, and `expand_kv` turns them into keys and values) with a plain linear expansion; other models are
+    left as they are. Prefill must happen outside of this context.
     """
     layers = _latent_layers(model) if enabled else []
     if not layers:
@@ -48,10 +48,11 @@ def absorbed_decoding(model: Any, enabled: bool = True) -> Iterator[bool]:
 def _latent_layers(model: Any) -> list[Any]:
     layers = [module for module in model.modules() if hasattr(module, "kv_b_proj")]
     for layer in layers:
-        ours = type(layer).__module__.startswith("transformers.models.") and hasattr(type(layer), "expand_kv")
-        plain = type(layer.kv_b_proj) is nn.Linear and layer.kv_b_proj.bias is None
+        known = any("expand_kv" in vars(cls) and cls.__module__.startswith("transformers.models.") for cls in type(layer).__mro__)
+        # More parameters than a weight (a bias, an adapter) would be left out by the folding.
+        plain = isinstance(layer.kv_b_proj, nn.Linear) and [name for name, _ in layer.kv_b_proj.named_parameters()] == ["weight"]
         hooked = layer.kv_b_proj._forward_hooks or layer.kv_b_proj._forward_pre_hooks
-        if not ours or not plain or hooked or layer.config is not layers[0].config:
+        if not known or not plain or hooked or layer.config is not layers[0].config:
             return []
     return layers
 
@@ -74,6 +75,7 @@ def _attend(
     `query_BHQC` [B, H, 1, N + R]; mask bool [B, 1, 1, T] (True = attend) or None. Returns [B, 1, H, V].
     """
     assert query_BHQC.shape[2] == 1, "absorbed attention decodes one token at a time"
+    assert latents_B1TL.shape[1] == 1 and latents_B1TL.shape[-1] == module.kv_lora_rank, "the cache must hold latents"
     latents_BTL, rotary_BTR = latents_B1TL[:, 0], rotary_B1TR[:, 0]
     num_nope, num_v = module.qk_nope_head_dim, module.v_head_dim
     weight_HCL = module.kv_b_proj.weight.view(-1, num_nope + num_v, module.kv_lora_rank)

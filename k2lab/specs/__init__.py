@@ -1,5 +1,5 @@
-"""Shapes of Kimi K2, Kimi Linear, Moonlight, dense students and tiny models, and what follows from shapes alone: parameters, bytes,
-flops, tensor names, config.json. No torch; importing it takes milliseconds.
+"""Shapes of Kimi K2, Kimi Linear, Moonlight, dense students and tiny models, and what follows from shapes alone: parameters,
+bytes, flops, tensor names, config.json. No torch; importing it takes milliseconds.
 
 `specs.get("kimi-k2")` gives a `ModelSpec`; so does `specs.get("path/to/model")` for a directory with a config.json, or the file.
 Each file here without a leading underscore (but `spec.py`) holds one family as `SPECS`, a tuple; there is no table to edit.
@@ -50,7 +50,9 @@ def get(name: str, where: str | None = None) -> ModelSpec:
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RecipeError(f"there is no model configuration {str(file)!r}", where=where, next="Give a path that exists") from None
+            raise RecipeError(
+                f"there is no model configuration {str(file)!r}", where=where, next="Give a path that exists"
+            ) from None
         except (OSError, ValueError) as error:
             raise RecipeError(f"{file} cannot be read: {error}", where=where) from None
         return ModelSpec.from_config(config, name=path.name if path.is_dir() else path.parent.name or path.stem)
@@ -63,14 +65,16 @@ def get(name: str, where: str | None = None) -> ModelSpec:
 
 
 def from_recipe(model: Any) -> ModelSpec:
-    """The spec that a recipe's `model` means: a name or path as for `get`, or a table with `spec` (such a name) and changed fields,
-    `model = { spec = "tiny-k2", num_layers = 4 }`. Raises RecipeError with the key path."""
+    """The spec that a recipe's `model` means: a name or path as for `get`, or a table with `spec` (such a name) and changed
+    fields, `model = { spec = "tiny-k2", num_layers = 4 }`. Raises RecipeError with the key path."""
     if isinstance(model, ModelSpec):
         return model
     if isinstance(model, str):
         return get(model, where="model")
     if not isinstance(model, dict):
-        raise RecipeError("wrong type", where="model", got=model, allowed="the name of a spec, or a table with `spec` and changes")
+        raise RecipeError(
+            "wrong type", where="model", got=model, allowed="the name of a spec, or a table with `spec` and changes"
+        )
     if not isinstance(model.get("spec"), str):
         raise RecipeError(
             "this key is required and missing", where="model.spec", got=model, allowed=", ".join(names()), next=_typo(model)

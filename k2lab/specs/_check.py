@@ -16,7 +16,14 @@ def check(spec: ModelSpec) -> None:
     """Raises RecipeError if the spec is not a model that this project builds."""
     if spec.family not in FAMILIES:
         raise _wrong("family", spec.family, ", ".join(FAMILIES), did_you_mean(str(spec.family), FAMILIES))
-    for name in ("hidden_size", "num_layers", "vocab_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
+    for name in (
+        "hidden_size",
+        "num_layers",
+        "vocab_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "max_position_embeddings",
+    ):
         _at_least(spec, name, 1)
     for name in ("rms_norm_eps", "initializer_range", "rope_theta", "routed_scaling_factor"):
         if not getattr(spec, name) > 0:

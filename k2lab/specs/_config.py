@@ -9,7 +9,7 @@ from k2lab.core.errors import RecipeError
 if TYPE_CHECKING:
     from k2lab.specs.spec import ModelSpec
 
-# Kimi K3's text model shares model_type "kimi_linear" and the architecture's name with Kimi-Linear-48B; only these tell them apart.
+# Kimi K3's text model shares model_type "kimi_linear" and the architecture's name with Kimi-Linear-48B; only these fields differ.
 K3_FIELDS = ("attn_res_block_size", "routed_expert_hidden_size", "gate_lower_bound", "mla_use_output_gate")
 
 
@@ -109,7 +109,7 @@ def _linear_keys(spec: ModelSpec) -> dict[str, Any]:
 
 
 def from_config(config: dict[str, Any], name: str | None = None) -> dict[str, Any]:
-    """The fields of a ModelSpec, from a config.json as a dict. Raises RecipeError for models that are not of the three families."""
+    """The fields of a ModelSpec, from a config.json as a dict. Raises RecipeError for models of no family that we have."""
     if not isinstance(config, dict):
         raise RecipeError("a config.json holds one JSON object", got=config)
     outer = config.get("_name_or_path") or config.get("model_type")
@@ -146,8 +146,8 @@ def _refuse_k3(config: dict[str, Any]) -> None:
     found = [key for key in K3_FIELDS if any(table.get(key) not in (None, False) for table in tables)]
     if found:
         raise RecipeError(
-            "this is Kimi K3, which has the model_type of Kimi Linear but another architecture (attention residuals, latent experts, "
-            "bounded decay, gated latent attention), and is not supported",
+            "this is Kimi K3, which has the model_type of Kimi Linear but another architecture (attention residuals, "
+            "latent experts, bounded decay, gated latent attention), and is not supported",
             where="config.json",
             got="the fields " + ", ".join(found),
             allowed="Kimi K2, Kimi Linear 48B, Moonlight, DeepSeek-V3, Qwen2, Llama",
@@ -257,7 +257,9 @@ def _layer_types(config: dict[str, Any], table: dict[str, Any]) -> tuple[str, ..
     # transformers would fall back to a pattern that no released model has; a config that does not say is refused
     if not isinstance(full, list) or not isinstance(kda, list) or sorted(full + kda) != list(range(1, layers + 1)):
         raise _not_ours(
-            "linear_attn_config", {"full_attn_layers": full, "kda_layers": kda}, f"each layer from 1 to {layers} in one of the two"
+            "linear_attn_config",
+            {"full_attn_layers": full, "kda_layers": kda},
+            f"each layer from 1 to {layers} in one of the two",
         )
     return tuple("mla" if index + 1 in full else "kda" for index in range(layers))
 

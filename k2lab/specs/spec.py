@@ -3,8 +3,8 @@
 Three families: `kimi_k2` (latent attention and experts; DeepSeek-V3's shape), `kimi_linear` (Kimi Delta Attention with a latent
 attention layer now and then, experts, no positional encoding) and `dense` (Qwen2 or Llama shaped students).
 
-Counts follow from one table, the list of weight tensors (`_tensors.py`), so that names on disk, parameters, bytes and flops cannot
-disagree. No torch.
+Counts follow from one table, the list of weight tensors (`_tensors.py`), so that names on disk, parameters, bytes and flops
+cannot disagree. No torch.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class ModelSpec:
 
     def parameters(self) -> dict[str, int]:
         """Parameters by group: embedding, head, attention_mla, attention_kda, attention_dense, dense_mlp, routed_experts,
-        shared_experts, routers, norms; groups that the model lacks are left out. The router's correction bias counts as router."""
+        shared_experts, routers, norms; groups that the model lacks are left out. A router's correction bias counts as router."""
         groups: dict[str, int] = {}
         for tensor in self.tensors():
             groups[tensor.group] = groups.get(tensor.group, 0) + tensor.numel * tensor.count
@@ -174,8 +174,8 @@ class ModelSpec:
     def bytes(self, format: str) -> int:
         """Size of all weights stored as `format`.
 
-        "fp32", "bf16" (router bias, A_log and dt_bias stay fp32); "fp8_block": linear layers and experts as e4m3 with one fp32 scale
-        per 128 x 128 block, the rest as in bf16; "int4_group": routed experts as INT4 with one bf16 scale per 32 weights of
+        "fp32", "bf16" (router bias, A_log and dt_bias stay fp32); "fp8_block": linear layers and experts as e4m3 with one fp32
+        scale per 128 x 128 block, the rest as in bf16; "int4_group": routed experts as INT4 with one bf16 scale per 32 weights of
         a row, the rest bf16 (without the few bytes of `weight_shape` of each packed matrix).
         Raises RecipeError for another format, and for int4_group on a model without routed experts.
         """
@@ -190,8 +190,8 @@ class ModelSpec:
         return sum(_tensors.tensor_bytes(tensor, format, FP8_BLOCK, INT4_GROUP) * tensor.count for tensor in self.tensors())
 
     def kv_bytes_per_token(self, dtype_bytes: int = 2) -> int:
-        """Bytes of cache that each token of context adds: (kv_lora_rank + qk_rope_head_dim) per MLA layer, 2 x heads x head_dim per
-        ordinary attention layer, nothing for KDA."""
+        """Bytes of cache that each token of context adds: (kv_lora_rank + qk_rope_head_dim) per MLA layer, 2 x heads x head_dim
+        per ordinary attention layer, nothing for KDA."""
         latent = len(self.layers_of("mla")) * (self.kv_lora_rank + self.qk_rope_head_dim)
         full = len(self.layers_of("attention")) * 2 * self.num_kv_heads * self.head_dim
         return (latent + full) * dtype_bytes
@@ -270,8 +270,8 @@ class ModelSpec:
 
 
 def default_layer_types(family: str, num_layers: int) -> tuple[str, ...]:
-    """Attention kind by layer. `kimi_linear`: every fourth layer and the last are "mla" (the released 48B model's rule: layers 4, 8,
-    12, 16, 20, 24 and 27 of 27, counted from 1), the others "kda"."""
+    """Attention kind by layer. `kimi_linear`: every fourth layer and the last are "mla" (the released 48B model's rule: layers 4,
+    8, 12, 16, 20, 24 and 27 of 27, counted from 1), the others "kda"."""
     if family == "kimi_linear":
         return tuple("mla" if index % 4 == 3 or index == num_layers - 1 else "kda" for index in range(num_layers))
     return ("attention" if family == "dense" else "mla",) * num_layers

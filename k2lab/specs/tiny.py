@@ -19,8 +19,8 @@ WIDTHS: dict[str, Any] = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
-    # Top-2 weights of sigmoid scores sum to 1 and are nearly equal at the start, so the routed sum has variance 2 x (1/2)^2 = 1/2 of one
-    # expert's; sqrt(2) restores it to the shared expert's. (Kimi K2's 2.827 is sqrt(8) for its top-8 by the same rule.)
+    # Top-2 weights of sigmoid scores sum to 1 and are nearly equal at the start, so the routed sum has variance 2 x (1/2)^2 = 1/2
+    # of one expert's; sqrt(2) restores it to the shared expert's. (Kimi K2's 2.827 is sqrt(8) for its top-8 by the same rule.)
     "routed_scaling_factor": 1.414,
     "num_attention_heads": 2,
     "kv_lora_rank": 256,

@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from k2lab.core.batches import check_batch
 from k2lab.core.errors import RecipeError
-from k2lab.core.schema import build_slot
 from k2lab.core.stage import CheckpointRef, RunFlag, Slot, Stage, StageContext
 from k2lab.core.types import PlanInput
 
@@ -48,7 +47,7 @@ class Training(Stage):
     steps: int | None = None
     token_target: int | None = None
     epochs: float | None = None
-    optim: Annotated[Any, Slot("optimizer")] = None
+    optim: Annotated[Any, Slot("optimizer")]
     # Rate of the aux-loss-free router bias (0 = off) and its rule.
     router_bias_rate: float = 1e-3
     router_bias_rule: Literal["sign", "quantile"] = "sign"
@@ -60,10 +59,6 @@ class Training(Stage):
     # Save a step checkpoint every so many steps, keep the newest few while the stage is unfinished.
     checkpoint_every: Annotated[int, RunFlag()] = 100
     keep_checkpoints: Annotated[int, RunFlag()] = 2
-
-    def __post_init__(self) -> None:
-        if self.optim is None:
-            object.__setattr__(self, "optim", build_slot("optimizer", {"type": "muonclip"}, "optim"))
 
     def check(self, where: str) -> None:
         given = [name for name in ("steps", "token_target", "epochs") if getattr(self, name) is not None]

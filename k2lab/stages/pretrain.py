@@ -83,4 +83,5 @@ class Pretrain(Training):
 
     @staticmethod
     def examples() -> list[Pretrain]:
-        return [Pretrain(steps=2, global_batch=2, per_device_batch=1, seq_len=64, valid_every=2, valid_tokens=256)]
+        optim = load("optimizer", "muonclip")(lr=1e-3)
+        return [Pretrain(optim=optim, steps=2, global_batch=2, per_device_batch=1, seq_len=64, valid_every=2, valid_tokens=256)]

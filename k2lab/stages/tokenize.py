@@ -33,12 +33,20 @@ class Tokenize(Stage):
         counts: dict[str, Any] = {}
         done, last = 0, 0.0
         for split in ("train", "valid"):
-            writer = shards.TokenWriter(ctx.work, split, vocab_size=tokenizer.vocab_size, shard_tokens=self.shard_tokens)
+            writer = shards.TokenWriter(
+                ctx.work, split, tokenizer.vocab_size, shard_tokens=self.shard_tokens, tokenizer=tokenizer.fingerprint()
+            )
             for batch in _batches(shards.read_records(corpus.path, split), 512):
                 texts = [text_of(record) for record in batch]
                 for record, text, ids in zip(batch, texts, tokenizer.encode_batch(texts), strict=True):
                     tokens = [tokenizer.bos_id, *ids, tokenizer.eos_id]
-                    writer.add(tokens, key=record["key"], domain=record.get("domain", record.get("source", "")), text=text)
+                    writer.add(
+                        tokens,
+                        key=record["key"],
+                        text_bytes=len(text.encode()),
+                        domain=record.get("domain") or record["source"],
+                        source=record["source"],
+                    )
                 done += len(batch)
                 if time.perf_counter() - last > 0.5:
                     ctx.events.emit("progress", done=done, total=total, unit="documents")

@@ -28,8 +28,6 @@ class Tokenizer(Stage):
     def check(self, where: str) -> None:
         if (self.corpus is None) == (self.path is None):
             raise RecipeError("give either `corpus` (train one) or `path` (take one over)", where=where)
-        if self.path is not None and not Path(self.path).is_dir():
-            raise RecipeError("there is no such directory", where=f"{where}.path", got=self.path)
         if self.path is None and self.vocab_size < 256 + self.num_special:
             raise RecipeError(
                 "too small: all 256 bytes and the special tokens must fit",
@@ -54,6 +52,13 @@ class Tokenizer(Stage):
         from k2lab.text import tokenizer as text_tokenizer
 
         if self.path is not None:
+            if not Path(self.path).is_dir():
+                raise RecipeError(
+                    "there is no such directory on this machine",
+                    where=f"stage.{ctx.name}.path",
+                    got=self.path,
+                    next="Give a directory with tokenizer.json or tiktoken.model",
+                )
             made = text_tokenizer.load(Path(self.path))
         else:
             ctx.events.emit("progress", done=0, total=1, unit="vocabulary")

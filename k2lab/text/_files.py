@@ -225,8 +225,10 @@ def _load_hf(folder: Path) -> Tokenizer:
     except (KeyError, ValueError) as error:
         raise DataError(f"vocabulary and merges are not in byte-level form ({error})", where=str(path)) from None
     ordinary |= {token["id"]: token["content"].encode() for token in kept}
+    # The library numbers added tokens anew unless the vocabulary holds them (as raw text, which equals no byte-level token).
+    model = {**model, "vocab": vocab | {token["content"]: token["id"] for token in kept}}
     try:
-        rust = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": kept}))
+        rust = tokenizers.Tokenizer.from_str(json.dumps({**spec, "model": model, "added_tokens": kept}))
     except Exception as error:  # the Rust library raises bare Exception
         raise DataError(f"the tokenizers library does not read this file: {error}", where=str(path)) from None
     vocabulary = Vocabulary(

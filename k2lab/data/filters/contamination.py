@@ -31,12 +31,12 @@ class Contamination:
     ngram: int = 13  # words (GPT-3's choice, Brown et al. 2020, appendix C)
     min_words: int = 6  # of a target
     max_share: float = 0.0  # share of a record's words inside shared n-grams; 0 = one shared n-gram is too many
-    targets: str | tuple[str, ...] = ()  # JSON lines with evaluation records: a file, a glob, or a list of those
-    texts: tuple[str, ...] = ()  # more targets, literally; stages add theirs by `with_targets`
+    path: str | tuple[str, ...] = ()  # JSON lines with evaluation records: a file, a glob, or a list of those
+    texts: tuple[str, ...] = ()  # more evaluation texts, literally; stages add theirs by `with_targets`
 
     def __post_init__(self) -> None:
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(map(str, self.targets)))
+        if not isinstance(self.path, str):
+            object.__setattr__(self, "path", tuple(map(str, self.path)))
         object.__setattr__(self, "texts", tuple(self.texts))
         if not 1 <= self.min_words <= self.ngram:
             got = f"min_words = {self.min_words}, ngram = {self.ngram}"
@@ -78,25 +78,25 @@ class Contamination:
         if not wanted:
             what = f"there is no evaluation text of {self.min_words} or more words to compare with"
             raise DataError(
-                what, where="filter contamination", got=f"{len(texts)} texts", next="Set `targets`, or lower `min_words`"
+                what, where="filter contamination", got=f"{len(texts)} texts", next="Set `path`, or lower `min_words`"
             )
         return wanted
 
     def _from_files(self) -> Iterator[str]:
-        if self.targets:
-            for _, path in files.expand(self.targets):
+        if self.path:
+            for _, path in files.expand(self.path):
                 for number, value in files.read_jsonl(path):
                     yield text_of(check_record(value, f"{path}:{number}"))
 
     def fingerprint(self) -> str:
         """sha256 hex over the settings but the path, the texts and the files' bytes."""
-        own = dataclasses.replace(self, targets=())
-        content = files.digest_files(files.expand(self.targets)) if self.targets else ""
+        own = dataclasses.replace(self, path=())
+        content = files.digest_files(files.expand(self.path)) if self.path else ""
         return hashlib.sha256(f"{own!r}\0{content}".encode()).hexdigest()
 
     @staticmethod
     def examples() -> list[Contamination]:
         return [
             Contamination(texts=("Write a function that returns the n-th prime number in less than a second.",)),
-            Contamination(targets="eval/tasks.jsonl", ngram=8, min_words=5),
+            Contamination(path="eval/tasks.jsonl", ngram=8, min_words=5),
         ]

@@ -22,9 +22,10 @@ _ODD = np.uint64(0xD1B54A32D192ED03)  # spreads text numbers over 64 bits
 class Repetition:
     """Drops texts that repeat themselves: duplicate lines, paragraphs and word n-grams.
 
-    Rules and default limits of Rae et al. 2021 ("Scaling Language Models", table A1), as shares of a text. An n-gram counts
-    only if it occurs at least twice; shares by characters are of the characters of words or of non-blank lines. 1.0 turns
-    a rule off. Texts of fewer than `min_words` words pass: their shares say nothing.
+    Rules and default limits of Rae et al. 2021 ("Scaling Language Models", table A1), as shares of a text. The first occurrence
+    of a line or n-gram is no duplicate (but the most frequent n-gram counts with all its occurrences, of which there must be
+    two). Shares by characters are of those of words, or of non-blank lines. 1.0 turns a rule off. Texts of fewer than
+    `min_words` words pass: their shares say nothing.
     """
 
     min_words: int = 30
@@ -35,7 +36,7 @@ class Repetition:
     top_2gram: float = 0.20  # characters covered by the most frequent word n-gram
     top_3gram: float = 0.18
     top_4gram: float = 0.16
-    duplicate_5gram: float = 0.15  # characters inside word n-grams that occur more than once
+    duplicate_5gram: float = 0.15  # characters inside word n-grams that occurred before
     duplicate_6gram: float = 0.14
     duplicate_7gram: float = 0.13
     duplicate_8gram: float = 0.12
@@ -106,20 +107,22 @@ def _sum_by(owner: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
     return np.bincount(owner, weights=values, minlength=size)
 
 
-def _counted(words: Words, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(first word, text, how often the n-gram occurs in its text) of every n-gram that occurs at least twice in its text."""
+def _counted(words: Words, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of every n-gram that occurs at least twice in its text: first word, text, how often there, whether it occurred before."""
     hashes, first = words.ngrams(n)
     owner = words.text_N[first]
     # The text's number goes into the hash, so that one sort serves all texts.
-    _, inverse, counts = np.unique(hashes + owner.astype(np.uint64) * _ODD, return_inverse=True, return_counts=True)
+    own = hashes + owner.astype(np.uint64) * _ODD
+    _, earliest, inverse, counts = np.unique(own, return_index=True, return_inverse=True, return_counts=True)
     often = counts[inverse]
     twice = often > 1
-    return first[twice], owner[twice], often[twice]
+    again = earliest[inverse] != np.arange(len(own))
+    return first[twice], owner[twice], often[twice], again[twice]
 
 
 def _top_chars(words: Words, n: int, size: int) -> np.ndarray:
     """f64[S]: per text, characters of its most frequent n-gram's occurrences together."""
-    first, owner, often = _counted(words, n)
+    first, owner, often, _ = _counted(words, n)
     chars = sum((words.lengths_N[first + k] for k in range(n)), np.zeros(len(first), np.int64)) * often
     most = np.zeros(size, dtype=np.int64)
     # Gopher takes the most frequent n-gram; of several equally frequent ones the longest.
@@ -131,8 +134,9 @@ def _top_chars(words: Words, n: int, size: int) -> np.ndarray:
 
 
 def _duplicate_chars(words: Words, n: int, size: int) -> np.ndarray:
-    """f64[S]: per text, characters of words inside n-grams that occur more than once, each word counted once."""
-    first, _, _ = _counted(words, n)
+    """f64[S]: per text, characters of words inside n-grams that occurred before, each word counted once."""
+    first, _, _, again = _counted(words, n)
+    first = first[again]
     covered = np.zeros(len(words.hashes_N), dtype=bool)
     for k in range(n):
         covered[first + k] = True

@@ -1,1 +1,1 @@
-"""To be described by its first file."""
+"""Sources: one slot file each, yielding records with stable keys and a fingerprint of their content (see k2lab.data.records)."""

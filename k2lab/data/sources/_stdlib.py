@@ -72,7 +72,9 @@ def collect() -> tuple[Documented, ...]:
         if not name.startswith("_") and name not in _SKIPPED_MODULES and name not in found and _is_c(name):
             found[name] = {each.name: each for each in _from_c(name, name, ("*",))}
     for module, private, names in passed_on:
-        for each in _from_c(module, private, names):
+        # Nothing is imported for names that are private or also defined in Python.
+        wanted = tuple(name for name in names if not name.startswith("_") and f"{module}.{name}" not in found[module])
+        for each in _from_c(module, private, wanted) if wanted else ():
             found[module].setdefault(each.name, each)  # a definition in Python comes first
     return tuple(each for module in sorted(found) for each in found[module].values())
 
@@ -239,9 +241,11 @@ def _from_c(module: str, holder: str, names: tuple[str, ...]) -> Iterator[Docume
     if module == holder and value.__doc__:
         yield Documented(module, module, "module", "", inspect.cleandoc(value.__doc__))
     for name in sorted(vars(value)) if "*" in names else names:
-        if not name.startswith("_"):
-            # Builtins are called `len`, not `builtins.len`.
-            yield from _from_object(getattr(value, name, None), name if module == "builtins" else f"{module}.{name}", module)
+        member = getattr(value, name, None)
+        if name.startswith("_") or (isinstance(member, type) and member.__name__ != name):
+            continue  # private, or a second name such as `socket.error` for OSError
+        # Builtins are called `len`, not `builtins.len`.
+        yield from _from_object(member, name if module == "builtins" else f"{module}.{name}", module)
 
 
 def _from_object(value: object, name: str, module: str) -> Iterator[Documented]:

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from k2lab.core.errors import DataError, MachineError, RecipeError
-from k2lab.data.records import Record, check_record
+from k2lab.data.records import Record, check_kind, check_record
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -33,6 +33,7 @@ class Hf:
     license: str = ""
 
     def __post_init__(self) -> None:
+        check_kind(self.kind)
         if self.limit < 0:
             raise RecipeError("limit must not be negative", got=self.limit, allowed="0 (all) or more")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from k2lab.data import files
-from k2lab.data.records import Record, check_record
+from k2lab.data.records import Record, check_kind, check_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class Jsonl:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
             object.__setattr__(self, "path", tuple(map(str, self.path)))
+        check_kind(self.kind)
 
     def records(self) -> Iterator[Record]:
         """Records in order of file name and line; the key is `name:file:line` unless the record brings its own."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from k2lab.core.errors import DataError, MachineError
 from k2lab.data import files
-from k2lab.data.records import Record, check_record
+from k2lab.data.records import Record, check_kind, check_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Parquet:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
             object.__setattr__(self, "path", tuple(map(str, self.path)))
+        check_kind(self.kind)
 
     def records(self) -> Iterator[Record]:
         """Records in order of file name and row; the key is `name:file:row` with rows from 0."""

@@ -14,9 +14,9 @@ from k2lab.optim.schedules._phase import check_length, check_ratio, length, ramp
 class WSD:
     """Warms up, stays at the peak, then decays; the decay can start from any stable step of an earlier run.
 
-    Up to the start of the decay the rate does not depend on where the run will end. So a run with `decay = 0` can be resumed from any
-    of its stable checkpoints with `anneal_at = <that step>`, a decay length and a new total, and gives the same model as a run
-    that had planned this end from the start.
+    Up to the start of the decay the rate does not depend on where the run will end. So a run with `decay = 0` can be resumed
+    from any of its stable checkpoints with `anneal_at = <that step>`, a decay length and a new total, and (with `warmup` in
+    steps) gives the same model as a run that had planned this end from the start.
     """
 
     warmup: int | float = 0.05  # steps (int) or share of the run (float)
@@ -50,7 +50,10 @@ class WSD:
             start = self.anneal_at
             if start < warmup:
                 raise RecipeError(
-                    "anneal_at lies inside the warmup", got=start, allowed=f"a step from {warmup} on", next="Anneal later or warm up shorter"
+                    "anneal_at lies inside the warmup",
+                    got=start,
+                    allowed=f"a step from {warmup} on",
+                    next="Anneal later or warm up shorter",
                 )
         if step < warmup:
             return ramp(step, warmup)
@@ -67,4 +70,9 @@ class WSD:
 
     @staticmethod
     def examples() -> list[WSD]:
-        return [WSD(), WSD(warmup=10, decay=0), WSD(warmup=10, decay=20, shape="sqrt", anneal_at=60), WSD(shape="cosine", min_ratio=0.1)]
+        return [
+            WSD(),
+            WSD(warmup=10, decay=0),
+            WSD(warmup=10, decay=20, shape="sqrt", anneal_at=60),
+            WSD(shape="cosine", min_ratio=0.1),
+        ]

@@ -1,0 +1,122 @@
+"""SwiGLU feed-forward layers: dense, and the experts of a mixture (registered in transformers as "k2lab").
+
+Tokens are sorted by expert once; each expert then runs its three products on its own rows, and the weighted outputs are added back
+in expert order, so the result does not depend on threads. The forward pass keeps only the inputs and the pre-activations.
+
+Legend: `T` tokens, `D` width, `F` expert hidden width, `E` experts, `K` chosen experts, `n` rows of one expert.
+Weights: gate_up [E, 2F, D] (gate rows first), down [E, D, F].
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from k2lab.models.gemm import grad_input, linear
+
+NAME = "k2lab"
+
+
+def _swiglu_backward(gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients (gate, up) of silu(gate) * up."""
+    return torch.ops.aten.silu_backward(grad * up, gate), torch.nn.functional.silu(gate).mul_(grad)
+
+
+class DenseSwiGLU(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)); x [T, D], gate and up [F, D], down [D, F]."""
+
+    @staticmethod
+    def forward(ctx, x, w_gate, w_up, w_down):
+        gate, up = linear(x, w_gate), linear(x, w_up)
+        act = torch.nn.functional.silu(gate).mul_(up)
+        ctx.save_for_backward(x, gate, up, act, w_gate, w_up, w_down)
+        return linear(act, w_down)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gate, up, act, w_gate, w_up, w_down = ctx.saved_tensors
+        grad_down = grad.t() @ act
+        grad_gate, grad_up = _swiglu_backward(gate, up, grad_input(grad, w_down))
+        grad_x = torch.addmm(grad_input(grad_up, w_up), grad_gate, w_gate)
+        return grad_x, grad_gate.t() @ x, grad_up.t() @ x, grad_down
+
+
+class FastMLP(torch.nn.Module):
+    """Mixed into transformers' gate/up/down MLP classes by `swap`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        shape = x.shape
+        out = DenseSwiGLU.apply(x.reshape(-1, shape[-1]), self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return out.view(shape)
+
+
+class ExpertsSwiGLU(torch.autograd.Function):
+    """Sum over a token's chosen experts of weight * expert(token). x [T, D], chosen i64[T, K], weights [T, K] -> [T, D]."""
+
+    @staticmethod
+    def forward(ctx, x, chosen, weights, gate_up, down):
+        E, F2, _ = gate_up.shape
+        T, K = chosen.shape
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=E).tolist()
+        tokens, sorted_weights = order // K, weights.flatten()[order].unsqueeze(1)
+        out = torch.zeros_like(x)
+        hidden, end = x.new_empty(T * K, F2), 0
+        for expert, count in enumerate(counts[:E]):
+            if not count:
+                continue
+            first, end = end, end + count
+            rows = tokens[first:end]
+            pre = linear(x.index_select(0, rows), gate_up[expert])
+            hidden[first:end] = pre
+            gate, up = pre.chunk(2, dim=1)
+            act = torch.nn.functional.silu(gate).mul_(up)
+            out.index_add_(0, rows, linear(act, down[expert]).mul_(sorted_weights[first:end]))
+        ctx.save_for_backward(x, hidden, tokens, order, sorted_weights, gate_up, down)
+        ctx.counts, ctx.shape = counts, (T, K)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, hidden, tokens, order, sorted_weights, gate_up, down = ctx.saved_tensors
+        grad_x = torch.zeros_like(x)
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        grad_weights, end = sorted_weights.new_zeros(len(order)), 0
+        F = down.shape[2]
+        for expert, count in enumerate(ctx.counts[: len(gate_up)]):
+            if not count:
+                grad_gate_up[expert].zero_()
+                grad_down[expert].zero_()
+                continue
+            first, end = end, end + count
+            rows, weight = tokens[first:end], sorted_weights[first:end]
+            gate, up = hidden[first:end, :F], hidden[first:end, F:]
+            grad_out = grad.index_select(0, rows)
+            act = torch.nn.functional.silu(gate).mul_(up)
+            # With y = down act: d weight = <grad, y> = <down^T grad, act>, so y need not be kept.
+            grad_act = grad_input(grad_out, down[expert])
+            grad_weights[first:end] = torch.linalg.vecdot(grad_act, act)
+            torch.mm(grad_out.t(), act.mul_(weight), out=grad_down[expert])
+            pre = torch.empty_like(hidden[first:end])
+            pre[:, :F], pre[:, F:] = _swiglu_backward(gate, up, grad_act.mul_(weight))
+            torch.mm(pre.t(), x.index_select(0, rows), out=grad_gate_up[expert])
+            grad_x.index_add_(0, rows, grad_input(pre, gate_up[expert]))
+        scattered = torch.empty_like(grad_weights)
+        scattered[order] = grad_weights
+        return grad_x, None, scattered.view(ctx.shape), grad_gate_up, grad_down
+
+
+def k2lab_experts(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' experts function. On a GPU, or for experts of another build than SwiGLU without biases, grouped_mm runs."""
+    plain = self.has_gate and not (self.has_bias or self.is_transposed or self.has_post_expert_norm or self._is_expert_parallel)
+    if hidden_states.device.type != "cpu" or not plain or self.config.hidden_act != "silu":
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+    weights = top_k_weights.to(hidden_states.dtype)
+    return ExpertsSwiGLU.apply(hidden_states, top_k_index, weights, self.gate_up_proj, self.down_proj)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, k2lab_experts)

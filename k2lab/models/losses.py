@@ -1,0 +1,89 @@
+"""Cross-entropy of a linear head, piece by piece: the [T, W] logits never exist.
+
+Legend: `T` positions, `D` width, `W` vocabulary, `c` positions of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+
+def _pieces(rows: torch.Tensor, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    for first in range(0, len(rows), chunk):
+        yield slice(first, first + chunk), rows[first : first + chunk]
+
+
+def _exponentials(hidden_cD: torch.Tensor, weight_WD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits less their row maximum [c, W], their exponentials [c, W], row sums of these [c, 1]); fp32 or wider."""
+    logits = hidden_cD @ weight_WD.t()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits -= logits.amax(-1, keepdim=True)
+    exponentials = logits.exp()
+    return logits, exponentials, exponentials.sum(-1, keepdim=True)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """See `linear_cross_entropy`. Gradients are made in the forward pass, where the probabilities are at hand, for a factor of 1;
+    the backward pass multiplies them by the upstream scalar."""
+
+    @staticmethod
+    def forward(ctx, hidden_TD, weight_WD, targets_T, weight_T, chunk):
+        rows = weight_T.nonzero()[:, 0]
+        dense = len(rows) == len(weight_T)
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        nll_T = torch.zeros(len(targets_T), dtype=wide, device=hidden_TD.device)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = (torch.empty_like if dense else torch.zeros_like)(hidden_TD) if need_hidden else None
+        grad_weight = torch.zeros_like(weight_WD, dtype=wide) if need_weight else None
+        for part, chosen in _pieces(rows, chunk):
+            where = part if dense else chosen
+            hidden, targets, weights = hidden_TD[where], targets_T[where].unsqueeze(1), weight_T[where].to(wide).unsqueeze(1)
+            logits, grad, sums = _exponentials(hidden, weight_WD)
+            nll_T[where] = (sums.log() - logits.gather(1, targets))[:, 0]
+            if not (need_hidden or need_weight):
+                continue
+            grad *= weights / sums
+            grad.scatter_add_(1, targets, -weights)
+            grad = grad.to(hidden.dtype)
+            if need_hidden:
+                grad_hidden[where] = grad @ weight_WD
+            if need_weight:
+                if grad_weight.dtype == grad.dtype:
+                    grad_weight.addmm_(grad.t(), hidden)
+                else:
+                    grad_weight += grad.t() @ hidden
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = weight_WD.dtype
+        ctx.mark_non_differentiable(nll_T)
+        return (nll_T * weight_T).sum(), nll_T
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
+        grad_weight = None if grad_weight is None else (grad_weight * grad).to(ctx.dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden_TD: torch.Tensor, weight_WD: torch.Tensor, targets_T: torch.Tensor, weight_T: torch.Tensor, chunk: int = 1024
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum over positions of weight x negative log-likelihood in nats, a scalar with gradient; the negative log-likelihoods [T],
+    detached, 0 where the weight is 0).
+
+    Logits are hidden W^T. Positions of weight 0 cost nothing. Sums are in fp32 or wider; the largest temporary is [chunk, W].
+    """
+    return LinearCrossEntropy.apply(hidden_TD, weight_WD, targets_T, weight_T, chunk)
+
+
+@torch.no_grad()
+def token_logprobs(hidden_TD: torch.Tensor, weight_WD: torch.Tensor, targets_T: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+    """log p(target) at every position, [T], fp32 or wider, no gradient; in pieces of `chunk` positions."""
+    found = []
+    for first in range(0, len(targets_T), chunk):
+        part = slice(first, first + chunk)
+        logits, _, sums = _exponentials(hidden_TD[part], weight_WD)
+        found.append((logits.gather(1, targets_T[part].unsqueeze(1)) - sums.log())[:, 0])
+    return torch.cat(found)

@@ -1,0 +1,57 @@
+"""Puts our parts into a transformers model: each affected module becomes an instance of a subclass of its own class, so that names,
+parameters, hooks, `isinstance` and decoding stay as they are. Nothing is patched globally.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from k2lab.models.attention import LogitStats
+from k2lab.models.experts import FastMLP
+from k2lab.models.gemm import FastLinear
+from k2lab.models.delta import FastKDA
+from k2lab.models.mla import FastMLA
+from k2lab.models.norm import FastRMSNorm
+from k2lab.models.router import CountingRouter
+
+PARTS: dict[str, type[torch.nn.Module]] = {
+    "DeepseekV3RMSNorm": FastRMSNorm,
+    "KimiLinearRMSNorm": FastRMSNorm,
+    "Qwen2RMSNorm": FastRMSNorm,
+    "LlamaRMSNorm": FastRMSNorm,
+    "DeepseekV3MLP": FastMLP,
+    "KimiLinearMLP": FastMLP,
+    "DeepseekV3Attention": FastMLA,
+    "KimiLinearAttention": FastMLA,
+    "KimiLinearDeltaAttention": FastKDA,
+    "DeepseekV3TopkRouter": CountingRouter,
+    "KimiLinearTopkRouter": CountingRouter,
+    "Linear": FastLinear,
+}
+
+
+@cache
+def _mixed(part: type[torch.nn.Module], original: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    if issubclass(part, original):
+        return part
+    return type(f"K2{original.__name__}", (part, original), {"__doc__": part.__doc__, "__module__": __name__})
+
+
+def swap(model: torch.nn.Module) -> torch.nn.Module:
+    """Changes the classes of the model's modules in place; once is enough, twice does no harm."""
+    for module in model.modules():
+        part = PARTS.get(type(module).__name__)
+        if part is None:
+            continue
+        if part is FastMLP and module.config.hidden_act != "silu":
+            continue
+        module.__class__ = _mixed(part, type(module))
+        if part is FastMLA:
+            module.k2_stats = LogitStats()
+        elif part is CountingRouter:
+            module.k2_counting = False
+            counts = torch.zeros(module.num_experts, dtype=torch.int64, device=module.weight.device)
+            module.register_buffer("k2_counts", counts, persistent=False)
+    return model
