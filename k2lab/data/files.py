@@ -77,6 +77,10 @@ def _parse(line: bytes, where: str) -> Any:
     except ValueError as error:
         shown = line.decode("utf-8", errors="replace").strip()
         got = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise DataError(f"the line is not JSON: {error}", where=where, got=got, next="Correct or remove that line") from None
+        is_array = line.lstrip().startswith(b"[")
+        hint = (
+            "If the file is one JSON array, turn it into lines: jq -c '.[]' FILE" if is_array else "Correct or remove that line"
+        )
+        raise DataError(f"the line is not JSON: {error}", where=where, got=got, next=hint) from None
     except RecursionError:
         raise DataError("the line is nested too deeply", where=where) from None

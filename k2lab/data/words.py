@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain, count
 
 import numpy as np
 
@@ -38,10 +40,9 @@ class Words:
 
     def __init__(self, texts: Sequence[str], split: re.Pattern[str] = _WORD) -> None:
         per_text = [split.findall(text.lower()) for text in texts]
-        ids: dict[str, int] = {}
-        flat = [ids.setdefault(word, len(ids)) for words in per_text for word in words]
+        ids: dict[str, int] = defaultdict(count().__next__)  # numbers words as they come
+        id_N = np.fromiter(map(ids.__getitem__, chain.from_iterable(per_text)), dtype=np.int64)
         vocabulary = list(ids)
-        id_N = np.array(flat, dtype=np.int64)
         self.hashes_N = hash_texts([word.encode("utf-8", "surrogatepass") for word in vocabulary])[id_N]
         self.lengths_N = np.array([len(word) for word in vocabulary], dtype=np.int64)[id_N]
         counts_S = np.array([len(words) for words in per_text], dtype=np.int64)

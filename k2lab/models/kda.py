@@ -113,8 +113,8 @@ def _halved(x: torch.Tensor, k: torch.Tensor, decay: torch.Tensor) -> torch.Tens
     while size < C:
         x2, k2, g2 = (t.unflatten(-2, (C // (2 * size), 2 * size)) for t in (x, k, decay))
         middle = g2[..., size - 1 : size, :]
-        later = x2[..., size:, :] * (g2[..., size:, :] - middle).exp()
-        earlier = k2[..., :size, :] * (middle - g2[..., :size, :]).exp()
+        later = x2[..., size:, :] * (g2[..., size:, :] - middle).exp().to(x.dtype)
+        earlier = k2[..., :size, :] * (middle - g2[..., :size, :]).exp().to(x.dtype)
         across = later @ earlier.transpose(-1, -2)
         top = torch.cat([blocks[..., 0::2, :, :], torch.zeros_like(across)], dim=-1)
         blocks = torch.cat([top, torch.cat([across, blocks[..., 1::2, :, :]], dim=-1)], dim=-2)
@@ -219,20 +219,22 @@ def chunk_kda(
         q, k = unit(q), unit(k)
     q = q * D**-0.5
     b = chunked(beta[..., None]) * blank
-    decay = (chunked(g) * blank).cumsum(-2)
-
+    gates = chunked(g) * blank
+    decay = gates.cumsum(-2)
+    products = _factored if _mild(decay.detach()) else _halved
+    if products is _halved:
+        # A sum of thousands has no digits left for the small gates after them; differences of fp64 sums do.
+        decay = gates.double().cumsum(-2)
     last = decay[..., -1:, :]
-    middle = decay[..., chunk_size // 2, None, :].detach()
-    strongest = torch.maximum((middle - last).detach(), decay[..., :1, :].detach() - middle).amax()
-    products = _factored if bool(strongest < SAFE) else _halved
     among_keys, with_query = products(k, k, decay), products(q, k, decay)
-    grown = decay.exp()
+    grown = decay.exp().to(wide)
     # (I + tril(b k k^T, -1)) [u | w] = b [v | k exp(G)]
     sides = torch.cat([v, k * grown], dim=-1) * b
     solved = torch.linalg.solve_triangular((among_keys * b).tril(-1), sides, upper=False, unitriangular=True)
     u, w = solved.split([V, D], dim=-1)
     states = _initial_states(initial_state, layout, pack, (H, D, V), q)
-    new_v, before, final = Scan.apply(u, w, k * (last - decay).exp(), last[..., 0, :].exp(), states, layout.active)
+    left = k * (last - decay).exp().to(wide)  # keys as the chunk's end sees them
+    new_v, before, final = Scan.apply(u, w, left, grown[..., -1, :], states, layout.active)
     out = torch.matmul(q * grown, before) + torch.matmul(with_query, new_v)
     out = out.transpose(1, 2).reshape(-1, H, V).index_select(0, layout.place_of)
     if output_final_state:
@@ -240,6 +242,12 @@ def chunk_kda(
         back[list(layout.order)] = torch.arange(len(layout.order))
         final = final.index_select(0, back.to(final.device))
     return out.view(B, T, H, V).to(query.dtype), final if output_final_state else None
+
+
+def _mild(decay: torch.Tensor) -> bool:
+    """True if no channel of any chunk decays by more than exp(SAFE) on either side of the chunk's middle."""
+    middle = decay[..., decay.shape[-2] // 2, None, :]
+    return bool(torch.maximum(middle - decay[..., -1:, :], decay[..., :1, :] - middle).amax() < SAFE)
 
 
 def _layout(pack: Pack, size: int) -> Chunks:

@@ -15,13 +15,17 @@ def _pieces(rows: torch.Tensor, chunk: int) -> Iterator[tuple[slice, torch.Tenso
         yield slice(first, first + chunk), rows[first : first + chunk]
 
 
-def _exponentials(hidden_cD: torch.Tensor, weight_WD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logits less their row maximum [c, W], their exponentials [c, W], row sums of these [c, 1]); fp32 or wider."""
+def _softmax_parts(
+    hidden_cD: torch.Tensor, weight_WD: torch.Tensor, targets_c1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log p of the targets [c, 1], exponentials of the logits less their row maximum [c, W], row sums of these [c, 1]); fp32 or
+    wider. One [c, W] buffer."""
     logits = hidden_cD @ weight_WD.t()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits -= logits.amax(-1, keepdim=True)
-    exponentials = logits.exp()
-    return logits, exponentials, exponentials.sum(-1, keepdim=True)
+    chosen = logits.gather(1, targets_c1)
+    sums = logits.exp_().sum(-1, keepdim=True)
+    return chosen - sums.log(), logits, sums
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -40,8 +44,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         for part, chosen in _pieces(rows, chunk):
             where = part if dense else chosen
             hidden, targets, weights = hidden_TD[where], targets_T[where].unsqueeze(1), weight_T[where].to(wide).unsqueeze(1)
-            logits, grad, sums = _exponentials(hidden, weight_WD)
-            nll_T[where] = (sums.log() - logits.gather(1, targets))[:, 0]
+            logprobs, grad, sums = _softmax_parts(hidden, weight_WD, targets)
+            nll_T[where] = -logprobs[:, 0]
             if not (need_hidden or need_weight):
                 continue
             grad *= weights / sums
@@ -84,6 +88,5 @@ def token_logprobs(hidden_TD: torch.Tensor, weight_WD: torch.Tensor, targets_T: 
     found = []
     for first in range(0, len(targets_T), chunk):
         part = slice(first, first + chunk)
-        logits, _, sums = _exponentials(hidden_TD[part], weight_WD)
-        found.append((logits.gather(1, targets_T[part].unsqueeze(1)) - sums.log())[:, 0])
+        found.append(_softmax_parts(hidden_TD[part], weight_WD, targets_T[part].unsqueeze(1))[0][:, 0])
     return torch.cat(found)

@@ -57,8 +57,8 @@ class HeadsAnalysis:
 
 def heads_analysis(spec: ModelSpec, heads: int | None = None, context: int = 128_000) -> HeadsAnalysis:
     """What `heads` instead of the spec's number of heads (default: twice as many) would cost per generated token that attends
-    to `context` tokens, in three ways of counting. With M = 2 x matmul_active (all matrix work but scores and values) of the model
-    as it is, n MLA layers, h heads now and dh more:
+    to `context` tokens, in three ways of counting. With M = 2 x matmul_active (all matrix work but scores and values), n
+    MLA layers, h heads now and dh more:
 
     expanded          scores and values of expanded keys: a = 2 (N + R + V) x context per head and layer.
                       increase = n dh a / (M + n h a). Kimi K2, 64 -> 128, 128,000 tokens: +83 %, the published figure.

@@ -52,7 +52,14 @@ def section(inp: PlanInput, machine: Machine) -> Section | None:
         ("attention_seconds_recomputed", "the same with checkpointing", ATTENTION_PASSES_RECOMPUTED),
     ):
         seconds = passes * attention / rate
-        out.add(key, label, seconds, lines.duration(seconds), "assumed", f"{passes} x forward / ({speed}), per sequence")
+        out.add(
+            key,
+            label,
+            seconds,
+            lines.duration(seconds),
+            "assumed",
+            f"{passes} x forward / ({speed}); the sequence divided over the GPUs",
+        )
     sequences = inp.gpus * inp.per_device_batch * inp.grad_acc
     seconds = sequences * ATTENTION_PASSES * attention / rate
     out.add(

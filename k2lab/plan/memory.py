@@ -14,7 +14,6 @@ from k2lab.core.types import PlanInput
 from k2lab.plan.lines import Origin
 from k2lab.plan.machines import Machine
 from k2lab.specs import ModelSpec
-from k2lab.specs.spec import KDA_CHUNK
 
 # Bytes per parameter: weights, gradients (in the weights' type), fp32 master copy.
 PRECISIONS = {"fp32": (4, 4, 0), "bf16": (2, 2, 4)}
@@ -22,7 +21,12 @@ PRECISIONS = {"fp32": (4, 4, 0), "bf16": (2, 2, 4)}
 OPTIMIZERS = {"adamw": (8, 8), "muonclip": (4, 8), "muon": (4, 8)}
 OWN_OPTIMIZER = (8, 8)
 LOGITS_CHUNK = 1024  # positions per piece of the chunked loss (the `lm` objective's default)
-LOGITS_COPIES = 3  # logits, their softmax, their gradient, in fp32
+LOGITS_BYTES = {
+    "fp32": 8,
+    "bf16": 12,
+}  # per logit of a piece: logits and exponentials in fp32, in bf16 also both in the weights' type
+KDA_MEMORY_CHUNK = 32  # chunk length of our KDA
+PROBABILITY_BLOCK, PROBABILITY_LIMIT = 128, 256 << 20  # blocks of queries, and bytes per layer that the CPU attention keeps
 MUON_STACK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements that Newton-Schulz works on at once
 MUON_COPIES = 4  # the stack itself, its Gram matrix, a polynomial of it, the product
 BUCKET_BYTES = 64 << 20  # one bucket of gradients in flight between ranks
@@ -65,9 +69,13 @@ class Memory:
         """Per GPU, the state divided over all GPUs (ZeRO-3, FSDP), and one layer gathered."""
         return self.state() / self.gpus + self.layer + self.other()
 
-    def gpus_needed(self, limit: float) -> int | None:
-        """The fewest GPUs of `limit` bytes that hold the state if it is divided over them; None if the rest alone is too much."""
-        room = limit - self.other() - self.layer
+    def gpus_needed(self, limit: float, checkpointed: bool = False) -> int | None:
+        """The fewest GPUs of `limit` bytes that hold the state if it is divided over them; None if the rest alone is too much.
+        `checkpointed` counts activations with every layer checkpointed."""
+        saved = 0.0
+        if checkpointed:
+            saved = sum(t.bytes for t in self.terms if t.key in ("activations", "probabilities")) - self.activations_checkpointed
+        room = limit - self.other() - self.layer + saved
         return max(1, math.ceil(self.state() / room)) if room > 0 else None
 
 
@@ -103,46 +111,60 @@ def trainable_parameters(spec: ModelSpec) -> int:
     return spec.total() - len(spec.moe_layers()) * spec.n_routed_experts
 
 
-def activation_elements(spec: ModelSpec) -> dict[str, float]:
-    """Elements per token that autograd keeps for the backward pass with checkpointing off, by part of the model; every module
-    runs as plain PyTorch and attention keeps no score matrix. Packing does not change them: a pack is one sequence of its length.
+def activation_bytes(spec: ModelSpec, element: int = 4) -> dict[str, float]:
+    """Bytes per token that autograd keeps for the backward pass with checkpointing off, by part of the model. `element` is the
+    size of the weights' type; what our modules keep in fp32 in any case is counted with 4 bytes (marked *). Packing changes
+    nothing here: a pack is one sequence of its length. Attention probabilities are a term of their own (`probability_bytes`).
 
-    norm of width n            3 n: input, normalised, output
-    MLA                        norm(D) + norm(Q) + H (N+R) queries + L + R latent + norm(L) less its input + H (N+V) expanded
-                               keys and values + H (N+R) keys + 2 H V output
-    ordinary attention         norm(D) + 2 H d rotated queries + 3 Hkv d + 2 H d output (+ 2 H d where keys are repeated)
-    KDA                        norm(D) + per head and channel 24 values (projections, convolutions, SiLU, L2 norms, decay, chunk
-                               products, gate, norm) + per head 2 C + d^2 / C + 2 (chunk matrices and states, C = 64)
-    MLP of width n             4 n: gate, up, activation, product
-    experts                    K (2 D + 4 F): gathered input, 4 F, output before weighting; 3 E of the router
+    norm of width n            n* normalised, n output
+    MLA                        norm(D) + norm(Q) + norm(L) + 2 H (N+R) queries and keys + H (N+V) expanded + H V output
+    ordinary attention         norm(D) + 3 H d queries, keys and values (repeated to all heads) + H d output
+    KDA                        norm(D) + 2 d low-rank gates + 7 P projections, convolutions and output, P = heads x d channels
+                               + 27 P* SiLU, L2 norms, decay and chunk products + heads (3 C + d^2 / C + 5)*, C = 32
+    MLP of width n             3 n: gate, up, product; 4 n in dense models
+    experts                    norm(D) + K 2 F gate and up + shared MLP + 3 E* router
     end                        norm(D) after the last layer
     """
     D, H = spec.hidden_size, spec.num_attention_heads
+
+    def norm(width: int) -> float:
+        return width * (4 + element)
+
     parts: dict[str, float] = {}
     mla = len(spec.layers_of("mla"))
     if mla:
-        queries, latent = H * spec.qk_head_dim, spec.kv_lora_rank
-        expanded = H * (spec.qk_nope_head_dim + spec.v_head_dim)
-        each = 3 * D + 3 * (spec.q_lora_rank or 0) + 2 * queries + expanded + 2 * H * spec.v_head_dim
-        parts["mla"] = mla * (each + latent + spec.qk_rope_head_dim + 2 * latent)
+        wide = 2 * H * spec.qk_head_dim + H * (spec.qk_nope_head_dim + spec.v_head_dim) + H * spec.v_head_dim
+        parts["mla"] = mla * (norm(D) + norm(spec.q_lora_rank or 0) + norm(spec.kv_lora_rank) + element * wide)
     full = len(spec.layers_of("attention"))
     if full:
-        heads, kv_heads = H * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        repeated = 2 * heads if kv_heads != heads else 0
-        parts["attention"] = full * (3 * D + 4 * heads + 3 * kv_heads + repeated)
+        parts["attention"] = full * (norm(D) + 4 * H * spec.head_dim * element)
     kda = len(spec.layers_of("kda"))
     if kda:
-        h, d = spec.linear_num_heads, spec.linear_head_dim
-        parts["kda"] = kda * (3 * D + 24 * h * d + 2 * d + h * (2 * KDA_CHUNK + d * d / KDA_CHUNK + 2))
+        heads, d = spec.linear_num_heads, spec.linear_head_dim
+        inside = 27 * heads * d + heads * (3 * KDA_MEMORY_CHUNK + d * d / KDA_MEMORY_CHUNK + 5)
+        parts["kda"] = kda * (norm(D) + element * (2 * d + 7 * heads * d) + 4 * inside)
     moe = len(spec.moe_layers())
     dense = spec.num_layers - moe
-    parts["mlp"] = dense * (3 * D + 4 * spec.intermediate_size)
+    if dense:
+        parts["mlp"] = dense * (norm(D) + element * (4 if spec.family == "dense" else 3) * spec.intermediate_size)
     if moe:
         F, K = spec.moe_intermediate_size, spec.num_experts_per_tok
-        shared = 4 * F * spec.n_shared_experts
-        parts["experts"] = moe * (3 * D + shared + K * (2 * D + 4 * F) + 3 * spec.n_routed_experts)
-    parts["end"] = 3 * D
+        parts["experts"] = moe * (norm(D) + element * F * (2 * K + 3 * spec.n_shared_experts) + 12 * spec.n_routed_experts)
+    parts["end"] = norm(D)
     return parts
+
+
+def probability_bytes(inp: PlanInput, spec: ModelSpec, machine: Machine) -> float:
+    """Attention probabilities that the CPU attention keeps for the backward pass, if every document fills its row: half of the
+    square (in blocks of 128 queries) x heads per layer, but nothing in layers where this exceeds 256 MiB (they are computed
+    again). On GPUs flash kernels keep none."""
+    if machine.device != "cpu":
+        return 0.0
+    element = 4 if inp.precision == "fp32" else 2
+    square = inp.per_device_batch * inp.seq_len * (inp.seq_len + PROBABILITY_BLOCK) / 2
+    each = square * spec.num_attention_heads * element
+    layers = len(spec.layers_of("mla")) + len(spec.layers_of("attention"))
+    return layers * each if each <= PROBABILITY_LIMIT else 0.0
 
 
 def check_input(inp: PlanInput) -> ModelSpec:
@@ -195,37 +217,34 @@ def training_memory(inp: PlanInput, machine: Machine) -> Memory:
 
 
 def checkpointed_bytes(inp: PlanInput, spec: ModelSpec) -> float:
-    """Activations with every layer checkpointed: one hidden state per layer and, while one layer is computed again, its
-    elements (the dearest attention and the dearest MLP)."""
+    """Activations with every layer checkpointed: one hidden state per layer and, while one layer is computed again, what it keeps
+    (the dearest attention and the dearest MLP)."""
     element = 4 if inp.precision == "fp32" else 2
-    parts = activation_elements(spec)
-    layers = {"mla": "mla", "attention": "attention", "kda": "kda"}
-    attention = max(parts[key] / len(spec.layers_of(kind)) for key, kind in layers.items() if key in parts)
-    dense = spec.num_layers - len(spec.moe_layers())
-    mlp = max(
-        parts["mlp"] / dense if dense else 0.0,
-        parts["experts"] / len(spec.moe_layers()) if "experts" in parts else 0.0,
-    )
-    return inp.per_device_batch * inp.seq_len * element * (spec.num_layers * spec.hidden_size + attention + mlp)
+    parts = activation_bytes(spec, element)
+    moe = len(spec.moe_layers())
+    layers = {kind: len(spec.layers_of(kind)) for kind in ("mla", "attention", "kda")}
+    attention = max(parts[kind] / number for kind, number in layers.items() if number)
+    numbers = {"mlp": spec.num_layers - moe, "experts": moe}
+    mlp = max(parts[kind] / number for kind, number in numbers.items() if number)
+    return inp.per_device_batch * inp.seq_len * (spec.num_layers * spec.hidden_size * element + attention + mlp)
 
 
 def _passing_terms(inp: PlanInput, spec: ModelSpec, machine: Machine) -> list[Term]:
     element = 4 if inp.precision == "fp32" else 2
     tokens = inp.per_device_batch * inp.seq_len
-    elements = sum(activation_elements(spec).values())
-    terms = [
-        Term(
-            "activations",
-            "activations",
-            tokens * elements * element,
-            f"{inp.per_device_batch} x {inp.seq_len:,} tokens x {elements:,.0f} elements x {element} B; no checkpointing",
-            "assumed",
-        )
-    ]
-    chunk = min(LOGITS_CHUNK, tokens)
-    logits = LOGITS_COPIES * chunk * spec.vocab_size * 4
-    text = f"{LOGITS_COPIES} x {chunk:,} positions x {spec.vocab_size:,} x 4 B (chunked loss)"
+    each = sum(activation_bytes(spec, element).values())
+    text = f"{inp.per_device_batch} x {inp.seq_len:,} tokens x {each:,.0f} B per token; no checkpointing"
+    terms = [Term("activations", "activations", tokens * each, text, "assumed")]
+    kept = probability_bytes(inp, spec, machine)
+    if kept:
+        text = "layers x rows x seq_len^2 / 2 x heads; less for shorter documents"
+        terms.append(Term("probabilities", "attention probabilities", kept, text, "assumed"))
+    chunk, width = min(LOGITS_CHUNK, tokens), LOGITS_BYTES[inp.precision]
+    logits = width * chunk * spec.vocab_size
+    text = f"{width} B x {chunk:,} positions x {spec.vocab_size:,} (chunked loss)"
     terms.append(Term("logits", "logits chunk", logits, text, "assumed"))
+    head = 8 * spec.vocab_size * spec.hidden_size + tokens * spec.hidden_size * element
+    terms.append(Term("loss", "loss gradients", head, "2 x 4 B x the head's weight + one hidden state", "assumed"))
     if uses_muon(inp.optimizer):
         largest = max(t.numel for t in spec.tensors() if t.kind in ("linear", "expert", "router"))
         stack = max(MUON_STACK[machine.device], largest)

@@ -181,7 +181,9 @@ def _stage(inp: PlanInput, machine: Machine, rates: Mapping[str, Throughput]) ->
     extra = long_context.section(inp, machine)
     seconds = steps * speed.seconds_per_step if steps else None
     dollars = cost.dollars if cost else None
-    return StagePlan(inp.stage, inp.type, inp.kind, (*sections, *([extra] if extra else ())), inp.notes, seconds, dollars, speed.measured)
+    return StagePlan(
+        inp.stage, inp.type, inp.kind, (*sections, *([extra] if extra else ())), inp.notes, seconds, dollars, speed.measured
+    )
 
 
 def _length(inp: PlanInput) -> tuple[Section, int | None]:
@@ -236,9 +238,17 @@ def _verdict(found: memory.Memory, limit: float, whole: float, divided: float, g
     if needed is None:
         return [
             f"Does not fit: activations, logits and buffers alone take {lines.size(found.other())}. "
-            "Shorten seq_len or per_device_batch, use activation checkpointing, or shard the sequence."
+            "Shorten seq_len or per_device_batch, use activation checkpointing, or shard the sequence. "
+            + _checkpointed(found, limit)
         ]
     return [f"Does not fit. The state divided over GPUs of {lines.size(limit)} would need at least {needed:,} of them."]
+
+
+def _checkpointed(found: memory.Memory, limit: float) -> str:
+    needed = found.gpus_needed(limit, checkpointed=True)
+    if needed is None:
+        return "Checkpointing alone is not enough."
+    return f"With every layer checkpointed, the state divided over at least {needed:,} GPUs of {lines.size(limit)} would fit."
 
 
 def _time(inp: PlanInput, machine: Machine, speed: Speed, steps: int | None, cost: Money | None, unmeasured: bool) -> Section:

@@ -10,7 +10,7 @@ from html import escape
 from k2lab.report import figures
 
 WIDTH, HEIGHT = 480, 230
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 18, 34
 MAX_POINTS = 160  # per line; a chart is about 420 px wide, more points are not seen
 NUM_COLOURS = 6
 
@@ -85,14 +85,15 @@ def envelope(points: Sequence[tuple[float, float | None]], limit: int = MAX_POIN
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, 1, 2 or 5 times a power of ten apart."""
+    """Round numbers from `low` to `high`, 1, 2 or 5 times a power of ten apart; as near to `about` of them as that allows."""
     if not high > low:
         return [low]
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    power = 10.0 ** math.floor(math.log10((high - low) / about))
+    choices = []
+    for step in (power, 2 * power, 5 * power, 10 * power):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        choices.append([i * step for i in range(first, last + 1)])
+    return min(choices, key=lambda values: abs(len(values) - about))
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -157,18 +158,13 @@ def line_chart(chart: LineChart, key: str) -> str:
         upper = [f"{_px(frame.x(x))},{_px(frame.y(high))}" for x, _, high in band.points]
         lower = [f"{_px(frame.x(x))},{_px(frame.y(low))}" for x, low, _ in reversed(band.points)]
         body.append(f'<polygon class="band {_colour(band.colour)}" points="{" ".join(upper + lower)}"/>')
-    for value, label in chart.levels:
+    for value, _ in chart.levels:
         y = _px(frame.y(value))
         body.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        body.append(
-            f'<text class="lab" x="{WIDTH - RIGHT - 2}" y="{_px(frame.y(value) - 4)}" text-anchor="end">{escape(label)}</text>'
-        )
     for step, label in chart.moments:
         x = _px(frame.x(step))
         body.append(f'<line class="moment" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        end = frame.x(step) > WIDTH * 0.75
-        place = f'x="{_px(frame.x(step) + (-4 if end else 4))}" y="{TOP + 9}"' + (' text-anchor="end"' if end else "")
-        body.append(f'<text class="lab" {place}>{escape(label)}</text>')
+        body.append(f'<text class="lab" x="{x}" y="{TOP - 6}" text-anchor="middle">{escape(label)}</text>')
     body += [_line(frame, line, points) for line, points in lines]
     if chart.events:
         spots = sorted({_px(frame.x(step)) for step, _ in chart.events}, key=float)
@@ -188,7 +184,7 @@ def line_chart(chart: LineChart, key: str) -> str:
 
 def _axes(frame: _Frame, chart: LineChart) -> str:
     parts = []
-    values = log_ticks(frame.y0, frame.y1) if frame.log else ticks(frame.y0, frame.y1, 4)
+    values = log_ticks(frame.y0, frame.y1) if frame.log else ticks(frame.y0, frame.y1, 5)
     distance = values[1] - values[0] if len(values) > 1 else 0.0
     for value in values:
         y = frame.y(value)
@@ -249,7 +245,7 @@ def _readout(chart: LineChart, frame: _Frame, lines: list[tuple[Series, list[tup
 
 def _legend(chart: LineChart) -> str:
     items = []
-    if len(chart.series) > 1 or chart.bands or chart.events:
+    if len(chart.series) > 1 or chart.bands or chart.events or chart.levels:
         seen: set[tuple[str, int]] = set()
         for line in chart.series:
             if (line.name, line.colour) in seen:
@@ -258,6 +254,7 @@ def _legend(chart: LineChart) -> str:
             mark = "dot" if line.dots else "stroke"
             items.append(f'<span><i class="key {mark} {_colour(line.colour)}"></i>{escape(line.name)}</span>')
         items += [f'<span><i class="key area {_colour(band.colour)}"></i>{escape(band.name)}</span>' for band in chart.bands]
+        items += [f'<span><i class="key dash"></i>{escape(label)}</span>' for _, label in chart.levels]
         if chart.events:
             items.append(f'<span><i class="key bar"></i>{escape(chart.events_name)}</span>')
     return f'<p class="legend">{"".join(items)}</p>' if items else ""

@@ -23,13 +23,11 @@ def number(value: Any) -> float | None:
 
 
 def decimals(value: float, width: float | None = None) -> int:
-    """Digits after the point that show `value` with 3 significant digits, or more if an interval of `width` needs them."""
-    if value == 0:
-        places = 2
-    else:
-        places = 2 - math.floor(math.log10(abs(value)))
-    if width:
-        places = max(places, min(1 - math.floor(math.log10(width)), places + 2))
+    """Digits after the point: 3 significant digits of `value`, or 2 of the interval of `width` around it if there is one."""
+    places = 2 if value == 0 else 2 - math.floor(math.log10(abs(value)))
+    if width and width > 0:
+        fine = 1 - math.floor(math.log10(width))
+        places = fine if value == 0 else min(fine, places + 2)
     return max(0, min(places, 8))
 
 
@@ -58,8 +56,7 @@ def plain(value: float | None) -> str:
 
 def tick(value: float, step: float) -> str:
     """An axis label: as many decimals as the distance `step` of the ticks needs."""
-    size = max(abs(value), abs(step))
-    if value and (size >= 1e5 or size < 1e-3):
+    if value and (abs(value) >= 1e5 or 0 < step < 1e-5):
         return compact(value)
     return fixed(value, max(0, min(6, -math.floor(math.log10(step) + 1e-9)))) if step else plain(value)
 

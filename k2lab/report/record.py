@@ -138,7 +138,7 @@ def funnel(run: RunView) -> str:
         if stage.funnel:
             rows = "".join(_filter(event) for event in stage.funnel)
             body += (
-                f'<h3>{esc(stage.name)}</h3><table class="cards"><thead><tr><th scope="col">Filter</th>'
+                f'<h3>{esc(stage.name)}</h3><table class="cards funnel"><thead><tr><th scope="col">Filter</th>'
                 '<th scope="col" class="num">Seen</th>'
                 '<th scope="col" class="num">Kept</th><th scope="col" class="num">Dropped</th><th scope="col" class="num">'
                 "Changed</th>"
@@ -177,8 +177,8 @@ def _filter(event: dict[str, Any]) -> str:
         f'<tr><th scope="row">{esc(event.get("filter", ""))}{source}{split}</th><td class="num" data-h="Seen">'
         f"{figures.count(seen)}</td>"
         f'<td class="num" data-h="Kept">{figures.count(kept)}</td><td class="num" data-h="Dropped">'
-        f"{figures.count(dropped)}{share}</td>"
-        f'<td class="num" data-h="Changed">{figures.count(changed)}</td><td class="{"examples" if shown else "empty"}">{shown}</td></tr>'
+        f"<span>{figures.count(dropped)}{share}</span></td>"
+        f'<td class="num" data-h="Changed">{figures.count(changed)}</td><td class="{"" if shown else "empty"}">{shown}</td></tr>'
     )
 
 
@@ -228,21 +228,14 @@ def cost(run: RunView) -> str:
         return ""
     longest = max((stage.seconds or 0 for stage in timed), default=0) or 1
     largest = max((stage.peak_rss_mb or 0 for stage in timed), default=0) or 1
-    time = "".join(
-        _bar(
-            s,
-            (s.seconds or 0) / longest,
-            figures.duration(s.seconds),
-            f"{(s.seconds or 0) / (run.total_seconds or 1) * 100:.0f}\u00a0%",
-            "",
-        )
-        for s in timed
-    )
-    memory = "".join(
-        _bar(s, s.peak_rss_mb / largest, figures.size(s.peak_rss_mb * 1e6), "", " mem")
-        for s in timed
-        if s.peak_rss_mb is not None
-    )
+    time = memory = ""
+    for stage in timed:
+        seconds, peak = stage.seconds or 0.0, stage.peak_rss_mb
+        percent = seconds / (run.total_seconds or 1) * 100
+        small = "under 1\u00a0%" if percent < 0.5 else f"{percent:.0f}\u00a0%"
+        time += _bar(stage, seconds / longest, figures.duration(stage.seconds), small, "")
+        if peak is not None:
+            memory += _bar(stage, peak / largest, figures.size(peak * 1e6), "", " mem")
     right = f'<div><h3>Peak memory</h3><div class="bars">{memory}</div></div>' if memory else ""
     text = "Wall-clock time of each stage, and the most memory that its process held at once."
     body = f'<div class="grid2"><div><h3>Time</h3><div class="bars">{time}</div></div>{right}</div>'
@@ -294,53 +287,48 @@ def licences(run: RunView) -> str:
             names = users.setdefault(json.dumps(item, sort_keys=True, default=str), [])
             if stage.name not in names:
                 names.append(stage.name)
-    rows = "".join(_licence(run, json.loads(text), names) for text, names in users.items())
-    if not rows:
+    found = [(*_licence(run, json.loads(text), names), ", ".join(names)) for text, names in users.items()]
+    if not found:
         return ""
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("Data or weights", "Licence", "Source and attribution", "Carried by"))
-    text = (
-        "What the data and weights of this run are licensed under. Each artifact inherits the licences of what it was made from."
-    )
-    return section(
-        "licences",
-        "Licences and attribution",
-        text,
-        f'<table class="cards"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>',
-    )
+    heads = ["Data or weights", "Licence", "Source and attribution", "Carried by"]
+    if not any(row[2] for row in found):  # manifests that record names of licences only
+        heads.pop(2)
+        found = [(row[0], row[1], row[3]) for row in found]  # type: ignore[misc]
+    rows = ""
+    for first, *rest in found:
+        cells = "".join(f'<td data-h="{head}">{shorten(text, 600)}</td>' for head, text in zip(heads[1:], rest))
+        rows += f'<tr><th scope="row">{shorten(first, 300)}</th>{cells}</tr>'
+    top = "".join(f'<th scope="col">{head}</th>' for head in heads)
+    text = "Each artifact inherits the licences of what it was made from. A licence covers at least one record of the data named."
+    table = f'<table class="cards"><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>'
+    return section("licences", "Licences and attribution", text, table)
 
 
 def _sources(run: RunView, names: list[str]) -> str:
-    """The sources of those stages among `names` that did not inherit the licence from another of them."""
+    """The data sets among `names` with their sources; if there is none, the first stage that carries the licence."""
     found = []
-    for stage in (stage for stage in run.stages if stage.name in names):
-        if not any(parent in names for _, parent, _ in stage.parents()):
-            listed = (stage.manifest.get("stage") or {}).get("sources")
-            sources = [_words(item) for item in listed] if isinstance(listed, list) else []
-            found.append(f"{stage.name} ({', '.join(sources)})" if sources else stage.name)
-    return "; ".join(found)
+    for stage in (stage for stage in run.stages if stage.name in names and stage.kind == "dataset"):
+        listed = (stage.manifest.get("stage") or {}).get("sources")
+        sources = [_words(item) for item in listed] if isinstance(listed, list) else []
+        found.append(f"{stage.name} ({', '.join(sources)})" if sources else stage.name)
+    return "; ".join(found) or names[0]
 
 
-def _licence(run: RunView, item: Any, names: list[str]) -> str:
-    if isinstance(item, dict):
-        left = dict(item)
+def _licence(run: RunView, item: Any, names: list[str]) -> tuple[str, str, str]:
+    """(what it covers, licence, source and attribution) of one entry of a manifest's list: a name, or a table."""
+    if not isinstance(item, dict):
+        return _sources(run, names), str(item), ""
+    left = dict(item)
 
-        def take(*keys: str) -> str:
-            found = next((key for key in keys if left.get(key)), None)
-            return str(left.pop(found)) if found else ""
+    def take(*keys: str) -> str:
+        found = next((key for key in keys if left.get(key)), None)
+        return str(left.pop(found)) if found else ""
 
-        what = take("name", "title", "what", "source", "dataset") or "unnamed"
-        licence = take("licence", "license", "spdx", "id") or "not recorded"
-        rest = "; ".join(
-            value if key in ("attribution", "source", "url", "authors") else f"{key}: {value}"
-            for key, value in flatten(left)
-            if value
-        )
-    else:
-        what, licence, rest = _sources(run, names), str(item), ""
-    return (
-        f'<tr><th scope="row">{shorten(what, 200)}</th><td data-h="Licence">{shorten(licence, 200)}</td>'
-        f'<td data-h="Source">{shorten(rest, 600)}</td><td data-h="Carried by">{esc(", ".join(names))}</td></tr>'
-    )
+    what = take("name", "title", "what", "source", "dataset") or _sources(run, names)
+    licence = take("licence", "license", "spdx", "id") or "not recorded"
+    plain = ("attribution", "source", "url", "authors")
+    rest = "; ".join(value if key in plain else f"{key}: {value}" for key, value in flatten(left) if value)
+    return what, licence, rest
 
 
 def command(run: RunView) -> str:
@@ -352,28 +340,27 @@ def command(run: RunView) -> str:
     return f"k2 run {shlex.quote(run.path.resolve().name + '/recipe.resolved.toml')} --run-dir again"
 
 
+_HOW = (
+    """Measured on the machine named above: time, memory, speed, every curve and every metric. Nothing on this page is an estimate
+    or copied from elsewhere; the sentences at the top are computed from the table below them.""",
+    """Metrics, their 95 % intervals and the intervals of changes were computed by the evaluate stage over n examples, with the
+    settings given in each row. An interval says how far other examples of the same kind could move a figure, not what another
+    seed would do.""",
+    """Before is the value of the model that the stage started from, on the same examples.""",
+    """Total time is the sum over stages, each counted once, also if an earlier command made it. Time between an interruption and
+    the command that went on is not counted.""",
+    """Curves come from the event log. With more than 160 steps, each drawn point is the mean of a run of steps, and the shaded
+    band spans their extremes. Steps of an interrupted attempt that were trained again are left out.""",
+    """Sizes use SI prefixes (1 MB = 1,000,000 bytes) and come from the manifests, which also hold the sha256 of every file.""",
+)
+
+
 def footer(run: RunView) -> str:
     """How the numbers were made, and how to make them again."""
-    points = (
-        "Measured on the machine named above: time, memory, speed, every curve and every metric. Nothing "
-        "on this page is an estimate "
-        "or copied from elsewhere; the sentences at the top are computed from the table below them.",
-        "Metrics, their 95 % intervals and the intervals of changes were computed by the evaluate stage "
-        "over n examples, with the settings given "
-        "in each row. An interval says how far other examples of the same kind could move the figure, not what another seed would do.",
-        "Before is the value of the model that the stage started from, on the same examples.",
-        "Total time is the sum over stages, counting each finished stage once, also if an earlier command "
-        "made it. Training that was lost when "
-        "a run was interrupted and done again is not counted.",
-        "Curves come from the event log. Where there are more than 160 steps, each drawn point is "
-        "the mean of a run of steps and the shaded "
-        "band spans their extremes; steps of an interrupted attempt that were trained again are left out.",
-        "Sizes use SI prefixes (1 MB = 1,000,000 bytes) and come from the artifacts\u2019 manifests, which also hold every file\u2019s sha256.",
-    )
-    items = "".join(f"<li>{esc(point)}</li>" for point in points)
+    items = "".join(f"<li>{esc(' '.join(text.split()))}</li>" for text in _HOW)
+    remake = esc("k2 report " + shlex.quote(run.path.resolve().name))
     return (
         f'<footer><div><h2>How these numbers were made</h2><ul class="fine">{items}</ul><p>To remake the run:</p>'
-        f'<pre class="cmd">{esc(command(run))}</pre>'
-        '<p>To remake this page from the run directory:</p><pre class="cmd">'
-        f"{esc('k2 report ' + shlex.quote(run.path.resolve().name))}</pre></div></footer>"
+        f'<pre class="cmd">{esc(command(run))}</pre><p>To remake this page from the run directory:</p>'
+        f'<pre class="cmd">{remake}</pre></div></footer>'
     )

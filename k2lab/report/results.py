@@ -35,20 +35,21 @@ def gains(run: RunView, table: list[dict[str, Any]]) -> str:
         body.append(_gain(row))
     heads = (
         '<th scope="col">Measured</th><th scope="col" class="num">Before</th><th scope="col" class="num">After</th>'
-        '<th scope="col"><span class="fine">\u25cb before \u25cf after</span></th><th scope="col" class="num">Change</th>'
-        '<th scope="col" class="num">95&nbsp;% interval of after</th><th scope="col" class="num">n</th><th scope="col">How</th>'
+        '<th scope="col" class="plots"><span class="fine">\u25cb before \u25cf after</span></th><th scope="col" class="num">Change</th>'
+        '<th scope="col" class="num">95&nbsp;% interval of after</th>'
+        '<th scope="col" class="num">n</th><th scope="col" class="how">How</th>'
     )
     text = (
-        f'<table class="cards"><thead><tr>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+        f'<table class="cards gains"><thead><tr>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table>'
         '<p class="note">\u25b2 better and \u25bc worse are said only if the 95\u00a0% interval of '
         "the change leaves out zero (where no interval of "
         "the change was recorded: if the two models\u2019 own intervals do not overlap). \u2248 means "
         "that chance could explain the change. "
         "n is the number of examples measured.</p>"
     )
+    bases = {row["metric"].partition("/")[0]: row["better"] for row in measured}
     words = "".join(
-        f"<dt>{esc(metric_label(metric))}</dt><dd>{esc(metric_help(metric, better))}</dd>"
-        for metric, better in {row["metric"]: row["better"] for row in measured}.items()
+        f"<dt>{esc(metric_label(base))}</dt><dd>{esc(metric_help(base, better))}</dd>" for base, better in bases.items()
     )
     text += f'<details><summary>What these measures mean</summary><dl class="words">{words}</dl></details>'
     intro = "Each row compares the model before and after one training stage, measured in the same way on the same examples."
@@ -78,10 +79,10 @@ def _gain(row: dict[str, Any]) -> str:
     name = tip(metric_label(row["metric"]), metric_help(row["metric"], row["better"]))
     return (
         f'<tr><th scope="row">{name}{unit_text}</th>{before}'
-        f'<td class="num" data-h="After"><b>{shown(row, "after")}</b></td><td>{_plot(row)}</td>'
+        f'<td class="num" data-h="After"><b>{shown(row, "after")}</b></td><td class="plots">{_plot(row)}</td>'
         f'<td class="num" data-h="Change"><span class="{row["verdict"]}"{title}>{change}{mark}</span></td>'
         f'<td class="num" data-h="95 % interval">{interval(row)}</td>'
-        f'<td class="num" data-h="n">{figures.count(row["n"])}</td><td class="set" data-h="How">{how}</td></tr>'
+        f'<td class="num" data-h="n">{figures.count(row["n"])}</td><td class="set" data-h="How"><span>{how}</span></td></tr>'
     )
 
 
@@ -117,7 +118,7 @@ def baselines(found: Evaluation) -> str:
             if found.comparable(measure.metric)[0]:
                 metrics.setdefault(measure.metric, measure.better)
     body = "".join(_bars(found, metric, better) for metric, better in metrics.items())
-    text = "Baselines need no neural network; they only count. A model that does not beat them has learnt nothing more than they know."
+    text = "Baselines need no neural network; they only count. A model that does not beat them has learnt no more than that."
     return section("baselines", "Beside simple baselines", text, body)
 
 

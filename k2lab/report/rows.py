@@ -148,7 +148,8 @@ def _table(heads: list[str], lines: list[list[str]], left: set[int]) -> str:
     widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
     table.insert(1, ["-" * width for width in widths])
     rendered = (
-        "  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip() for line in table
+        "  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip()
+        for line in table
     )
     return "\n".join(rendered) + "\n"
 

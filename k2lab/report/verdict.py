@@ -7,10 +7,12 @@ from typing import Any
 from k2lab.report import figures
 from k2lab.report.collect import RunView, StageView
 from k2lab.report.measures import Baseline, Evaluation
-from k2lab.report.rows import places, shown
+from k2lab.report.rows import places
 from k2lab.report.words import doing, metric_label
 
 _PREFERRED = ("bits_per_byte", "loss", "perplexity")  # what the first stage is best described by, in this order
+_MINOR = ("eos_rate", "stop_rate", "length", "format", "repetition")  # manners: named only if nothing else changed
+_SHARES = (*_MINOR[:2], "exact_match", "token_accuracy", "valid_json", "parses", "syntax", "tool_call", "pass_rate")
 
 
 def sentences(run: RunView, found: Evaluation, table: list[dict[str, Any]]) -> list[str]:
@@ -38,15 +40,14 @@ def _about(run: RunView, found: Evaluation, name: str, mine: list[dict[str, Any]
         num = sum(row["before"] is not None for row in mine)
         return f"{subject} changed none of its {num} measured {'figure' if num == 1 else 'figures'} by more than chance would."
     text = subject + (_on_what(run, stage) if first and stage else "")
-    if chief["verdict"] == "better":
-        text += f" brought {_lower(chief['metric'])} from {_value(chief, 'before', unit=False)} to {_value(chief, 'after')}"
-    else:
-        text += f" made {_lower(chief['metric'])} worse, from {_value(chief, 'before', unit=False)} to {_value(chief, 'after')}"
-    text += _against(found, chief)
+    moved = "raised" if chief["change"] > 0 else "lowered"
+    aside = " (lower is better)" if first and chief["better"] == "lower" else ""
+    text += f" {moved} {_lower(chief['metric'])}{aside} from {_value(chief, 'before', unit=False)} to {_value(chief, 'after')}"
+    text += ", which is worse" if chief["verdict"] == "worse" else _against(found, chief)
     worse = [row for row in mine if row["verdict"] == "worse" and row is not chief]
     if worse and chief["verdict"] == "better":
         row = max(worse, key=_strength)
-        text += f"; at a price: {_lower(row['metric'])} went from {_value(row, 'before', unit=False)} to {_value(row, 'after')}"
+        text += f"; the price: {_lower(row['metric'])} went from {_value(row, 'before', unit=False)} to {_value(row, 'after')}"
     return text + "."
 
 
@@ -58,8 +59,9 @@ def _chief(mine: list[dict[str, Any]], first: bool) -> dict[str, Any] | None:
             hit = next((row for row in clear if row["metric"].partition("/")[0] == base), None)
             if hit is not None:
                 return hit
-    better = [row for row in clear if row["verdict"] == "better"]
-    return max(better or clear, key=_strength, default=None)
+    better = [row for row in clear if row["verdict"] == "better"] or clear
+    major = [row for row in better if row["metric"].partition("/")[0] not in _MINOR]
+    return max(major or better, key=_strength, default=None)
 
 
 def _strength(row: dict[str, Any]) -> float:
@@ -71,16 +73,28 @@ def _strength(row: dict[str, Any]) -> float:
 
 def _value(row: dict[str, Any], key: str, unit: bool = True) -> str:
     _, word = figures.scaled(row["unit"])
-    text = shown(row, key)
+    factor, _ = figures.scaled(row["unit"])
+    text = figures.fixed(row[key] * factor, _short(row))
     if word == "%":
         return f"{text}{figures.THIN}%"
     word = {"bits/byte": "", "bits per byte": ""}.get(word, word)
     return f"{text} {word}".strip() if unit else text
 
 
+def _short(row: dict[str, Any]) -> int:
+    """Decimals for a sentence: 3 significant digits, more only where before and after would look the same."""
+    factor, _ = figures.scaled(row["unit"])
+    exact, short = places(row), figures.decimals(row["after"] * factor)
+    if row["before"] is not None and round(row["before"] * factor, short) == round(row["after"] * factor, short):
+        return exact
+    return min(exact, short)
+
+
 def _lower(metric: str) -> str:
     """A metric's label inside a sentence."""
     label = metric_label(metric).replace(": ", " on ", 1)
+    if metric.partition("/")[0] in _SHARES or metric.startswith("pass@"):
+        return f"the share of {label[:1].lower()}{label[1:]}"
     keep = label[:2].isupper() or label.startswith(("F1", "JSON"))
     return label if keep else label[:1].lower() + label[1:]
 
@@ -118,7 +132,7 @@ def text_bytes(source: StageView) -> float | None:
 
 
 def _against(found: Evaluation, row: dict[str, Any]) -> str:
-    """`, below the trigram table (2.10)`: the row's value among its baselines; says so when a baseline is not beaten."""
+    """`, below the trigram table at 2.10`: the row's value among its baselines; says so when a baseline is not beaten."""
     baselines, sure = found.comparable(row["metric"])
     if not baselines or not sure or row["better"] not in ("lower", "higher"):
         return ""
@@ -141,7 +155,7 @@ def _against(found: Evaluation, row: dict[str, Any]) -> str:
 
 def _baseline(item: Baseline, row: dict[str, Any]) -> str:
     factor, _ = figures.scaled(row["unit"])
-    return f"{item.name} ({figures.fixed(item.value * factor, places(row))})"
+    return f"{item.name} at {figures.fixed(item.value * factor, _short(row))}"
 
 
 def _without_measures(run: RunView) -> str:

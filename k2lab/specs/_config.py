@@ -53,7 +53,10 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         "topk_group": spec.topk_group,
         "num_nextn_predict_layers": 0,
     }
-    return shared | latent | (_k2_keys(spec) if spec.family == "kimi_k2" else _linear_keys(spec))
+    if spec.family == "kimi_k2":
+        return shared | latent | _k2_keys(spec)
+    del shared["rope_scaling"]  # nothing is rotated; transformers would warn about the null
+    return shared | latent | _linear_keys(spec)
 
 
 def _dense_keys(spec: ModelSpec) -> dict[str, Any]:

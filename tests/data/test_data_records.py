@@ -102,6 +102,7 @@ def test_jsonl_skips_blank_lines_and_a_byte_order_mark(tmp_path):
     [
         (b'{"text": "a"', "not JSON"),
         (b"{'text': 'a'}", "not JSON"),
+        (b"[", "not JSON.*one JSON array"),
         (b'{"text": "\xff"}', "not UTF-8: byte 11 is 0xff"),
         (b'{"text": "\\ud83d alone"}', "half of a character"),
     ],

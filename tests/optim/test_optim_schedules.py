@@ -60,9 +60,7 @@ def test_cosine_values():
     assert schedule.factor(500, 110) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(
-    "shape, half", [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))]
-)
+@pytest.mark.parametrize("shape, half", [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
 def test_wsd_boundaries(shape, half):
     schedule = WSD(warmup=10, decay=20, shape=shape, min_ratio=0.1)
     assert [schedule.factor(step, 100) for step in (9, 10, 50, 79, 80)] == [1.0] * 5

@@ -15,15 +15,20 @@ from k2lab.core import artifacts, rng
 from k2lab.core.events import EventWriter
 
 START = 1_763_770_000.0  # when the run began, in seconds since 1970
-SECONDS = {"instructions": 3.0, "corpus": 2.8, "tokenizer": 1.0, "tokenize": 1.3, "pretrain": 141.0, "sft": 37.5, "evaluate": 21.4}
-MEMORY = {"instructions": 91.0, "corpus": 148.0, "tokenizer": 212.0, "tokenize": 230.0, "pretrain": 1874.0, "sft": 1911.0, "evaluate": 986.0}
-KINDS = {"corpus": "dataset", "tokenizer": "tokenizer", "tokenize": "tokens", "pretrain": "checkpoint", "sft": "checkpoint", "evaluate": "report"}
+ORDER = ("instructions", "corpus", "tokenizer", "tokenize", "pretrain", "sft", "evaluate")
+SECONDS = dict(zip(ORDER, (3.0, 2.8, 1.0, 1.3, 141.0, 37.5, 21.4)))
+MEMORY = dict(zip(ORDER, (91.0, 148.0, 212.0, 230.0, 1874.0, 1911.0, 986.0)))
+KINDS = dict(zip(ORDER[1:], ("dataset", "tokenizer", "tokens", "checkpoint", "checkpoint", "report")))  # by type of stage
 LAYERS, HEADS, EXPERTS, TAU = 4, 4, 8, 40.0
-ORDER = tuple(SECONDS)
 
 STAGES: dict[str, dict[str, Any]] = {
-    "instructions": {"type": "corpus", "sources": [{"type": "docstring_qa"}, {"type": "general_instructions"}], "valid_share": 0.08},
-    "corpus": {"type": "corpus", "sources": [{"type": "python_reference"}, {"type": "python_docstrings"}], "against": ["instructions"]},
+    "instructions": {"type": "corpus", "sources": [{"type": "docstring_qa"}, {"type": "general_instructions"}]},
+    "corpus": {
+        "type": "corpus",
+        "sources": [{"type": "python_reference"}, {"type": "python_docstrings"}],
+        "against": ["instructions"],
+        "valid_share": 0.08,
+    },
     "tokenizer": {"type": "tokenizer", "corpus": "corpus", "vocab_size": 2048},
     "tokenize": {"type": "tokenize", "corpus": "corpus", "tokenizer": "tokenizer"},
     "pretrain": {"type": "pretrain", "data": "tokenize", "steps": 300, "optim": {"type": "muonclip", "lr": 2e-3, "tau": TAU}},
@@ -82,7 +87,8 @@ def make(
             break
         made[name] = identity
         _artifact(run_dir, name, tables[name], identity, parents, clock.now, results, hostile)
-        clock.emit("stage_end", clock.events.step, seconds=SECONDS[name], peak_rss_mb=MEMORY[name], artifact=f"{name}-{identity[:8]}")
+        cost = {"seconds": SECONDS[name], "peak_rss_mb": MEMORY[name]}
+        clock.emit("stage_end", clock.events.step, **cost, artifact=f"{name}-{identity[:8]}")
         if name == upto:
             break
     clock.events.close()
@@ -109,7 +115,8 @@ class _Clock:
 
 
 def _recipe_text(tables: dict[str, dict[str, Any]], hostile: str) -> str:
-    lines = ['description = "Kimi K2 shape (MLA + MoE) on a laptop: pretrain, fine-tune, evaluate, report"', 'model = "tiny-k2"', "seed = 1"]
+    lines = ['description = "Kimi K2 shape (MLA + MoE) on a laptop: pretrain, fine-tune, evaluate, report"']
+    lines += ['model = "tiny-k2"', "seed = 1"]
     if hostile:
         lines.append(f"# {hostile}".replace("\n", " "))
     for name, table in tables.items():
@@ -153,7 +160,8 @@ def _log(clock: _Clock, name: str, identity: str, steps: int, cut: int | None, r
     if name == "sft":
         clock.emit("note", 0, text=f"14 train samples without a trained token or over 256 tokens were left out{hostile}")
     if resume_at is not None:
-        _steps(clock, name, 0, resume_at + 25, steps, offset=5.0)  # lost with the kill, and plainly wrong values
+        _steps(clock, name, 0, resume_at, steps)
+        _steps(clock, name, resume_at, resume_at + 25, steps, offset=5.0)  # lost with the kill, and plainly wrong values
         clock.again()
         clock.emit("stage_start", resume_at, **start, total=steps, unit="steps", resumed=True)
         _steps(clock, name, resume_at, cut or steps, steps)
@@ -172,7 +180,7 @@ def _steps(clock: _Clock, name: str, first: int, last: int, total: int, offset: 
         lr = 2e-3 * min(1.0, step / 20, (1 - share) / 0.4 + 1e-3)
         heads = {
             str(layer): [
-                round(float(4 + 3 * head + (3.4 * layer + 2.2 * head) * (1 - math.exp(-share * 4)) * 1.3 + draw.normal(0, 0.5)), 3)
+                round(float(4 + 3 * head + (4.6 * layer + 3.1 * head) * (1 - math.exp(-share * 4)) + draw.normal(0, 0.5)), 3)
                 for head in range(HEADS)
             ]
             for layer in range(LAYERS)
@@ -285,7 +293,7 @@ def example_results(hostile: str = "") -> dict[str, Any]:
     labels = {"init": "untrained", "pretrain": "pretrained", "sft": "fine-tuned"}
     said = {
         "init": ("ritequ ===\u00b7 zip\u00b7\u00b7ne\u00b7ft0x__", "length"),
-        "pretrain": (" a list of the arguments of the function.\n\n    If the argument is not a string, the result is a string of the", "length"),
+        "pretrain": (" a list of the arguments of the function.\n\n    If the argument is not a string, the result", "length"),
         "sft": ("It returns the largest item of an iterable, or the largest of two or more arguments.", "eos"),
     }
     models = []
@@ -300,7 +308,9 @@ def example_results(hostile: str = "") -> dict[str, Any]:
             {"prompt": f"What does max(iterable) do?{hostile}", "completion": said[name][0] + hostile, "stop": said[name][1]},
             {"prompt": "def add(a, b):\n    ", "completion": "return a + b" if name != "init" else "", "stop": "eos"},
         ]
-        models.append({"name": name, "stage": None if name == "init" else name, "label": labels[name] + hostile, "metrics": metrics, "samples": samples})
+        stage = None if name == "init" else name
+        about = {"name": name, "stage": stage, "label": labels[name] + hostile}
+        models.append({**about, "metrics": metrics, "samples": samples})
     changes = []
     for before, after in (("init", "pretrain"), ("pretrain", "sft")):
         for i, entry in enumerate(models[0]["metrics"]):

@@ -69,8 +69,8 @@ def test_names_on_disk_equal_transformers(name, tmp_path):
     their_model(spec, "cpu").save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         theirs = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    # transformers writes the dense MLP of Kimi Linear's layer 0 under the experts' block; the released checkpoint and its own reader
-    # know it as `mlp`
+    # transformers writes the dense MLP of Kimi Linear's layer 0 under the experts' block; the released checkpoint and its own
+    # reader know it as `mlp`
     dense = {key for key in theirs if "block_sparse_moe" in key and ".layers.0." in key}
     theirs = {key.replace("block_sparse_moe", "mlp") if key in dense else key: shape for key, shape in theirs.items()}
     assert theirs == dict(spec.tensor_shapes())

@@ -28,7 +28,12 @@ _PATTERNS = {
     "email": re.compile(
         r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b"
     ),
-    "card": re.compile(r"(?<![\w.+-])(?<!\d )[2-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|\.\d| \d)"),
+    # Unbroken, or in the groups that are printed on cards: 4-4-4-4 (up to 19 digits) and 4-6-5.
+    "card": re.compile(
+        r"(?<![\w.+-])(?<!\d )"
+        r"(?:[2-6]\d{12,18}|[2-6]\d{3}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1\d{1,3})?|3\d{3}([ -])\d{6}\2\d{5})"
+        r"(?![\w-]|\.\d| \d)"
+    ),
     # International with +, or North American with separators; bare digit runs are left alone (they are mostly no phones).
     "phone": re.compile(
         r"(?<![\w.+-])(?:\+(?!\d+\.\d+(?![\d.]))[1-9]\d{0,2}(?:[ .-]?\(0?\d{1,4}\))?(?:[ .-]?\d){6,12}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from k2lab.data.filtering import Log
 from k2lab.data.records import Record, text_of
-from k2lab.data.words import Words
+from k2lab.data.words import Words, mix
 
 _CHUNK = 2048  # records looked at together
 _NOT_BLANK = re.compile(r"\S+")
@@ -55,17 +55,15 @@ class Repetition:
     def _judge(self, texts: list[str]) -> list[str]:
         """Why each text must go, or ""."""
         words = Words(texts, split=_NOT_BLANK)
-        counts_S = np.diff(words.starts_S1)
-        long_S = counts_S >= self.min_words
+        long_S = np.diff(words.starts_S1) >= self.min_words
         chars_S = np.maximum(_sum_by(words.text_N, words.lengths_N, len(texts)), 1)
         why = [self._judge_lines(text) if long else "" for text, long in zip(texts, long_S)]
-        for n in range(2, 11):
+        for grams in _repeated(words, long_S):
+            n = grams.n
             limit = getattr(self, f"top_{n}gram" if n < 5 else f"duplicate_{n}gram")
-            if limit >= 1.0:
-                continue
-            shares_S = (_top_chars if n < 5 else _duplicate_chars)(words, n, len(texts)) / chars_S
+            shares_S = (_top_chars if n < 5 else _duplicate_chars)(words, grams, len(texts)) / chars_S
             name = f"the most frequent {n}-gram" if n < 5 else f"duplicate {n}-grams"
-            for i in np.flatnonzero(long_S & (shares_S > limit)):
+            for i in np.flatnonzero(long_S & (shares_S > limit)) if limit < 1.0 else ():
                 why[i] = why[i] or f"{name}: {shares_S[i]:.0%} of the characters, over {limit:.0%}"
         return why
 
@@ -107,37 +105,57 @@ def _sum_by(owner: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
     return np.bincount(owner, weights=values, minlength=size)
 
 
-def _counted(words: Words, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of every n-gram that occurs at least twice in its text: first word, text, how often there, whether it occurred before."""
-    hashes, first = words.ngrams(n)
-    owner = words.text_N[first]
+@dataclass(frozen=True)
+class _Grams:
+    """The n-grams that occur at least twice in their text: first word, text, how often there, whether it occurred before."""
+
+    n: int
+    first: np.ndarray  # i64[M], rising
+    owner: np.ndarray  # i64[M]
+    often: np.ndarray  # i64[M]
+    again: np.ndarray  # bool[M]
+
+
+def _repeated(words: Words, wanted_S: np.ndarray) -> Iterator[_Grams]:
+    """Repeated n-grams of the wanted texts for n = 2 ... 10.
+
+    An (n+1)-gram can only repeat where the n-gram at its start does, so each n looks only at what the one before found.
+    """
+    first = np.flatnonzero(wanted_S[words.text_N])
     # The text's number goes into the hash, so that one sort serves all texts.
-    own = hashes + owner.astype(np.uint64) * _ODD
-    _, earliest, inverse, counts = np.unique(own, return_index=True, return_inverse=True, return_counts=True)
-    often = counts[inverse]
-    twice = often > 1
-    again = earliest[inverse] != np.arange(len(own))
-    return first[twice], owner[twice], often[twice], again[twice]
+    hashed = mix(words.text_N[first].astype(np.uint64) * _ODD + words.hashes_N[first])
+    for n in range(2, 11):
+        inside = first + n - 1 < words.starts_S1[words.text_N[first] + 1]
+        first, hashed = first[inside], hashed[inside]
+        hashed = mix(hashed * _ODD + words.hashes_N[first + n - 1])
+        order = np.argsort(hashed)
+        ranked = hashed[order]
+        starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]])) if len(order) else order
+        sizes = np.diff(np.append(starts, len(order)))
+        often, again = np.zeros(len(order), np.int64), np.ones(len(order), bool)
+        often[order] = np.repeat(sizes, sizes)
+        if len(order):
+            again[np.minimum.reduceat(order, starts)] = False
+        twice = often > 1
+        first, hashed = first[twice], hashed[twice]
+        yield _Grams(n, first, words.text_N[first], often[twice], again[twice])
 
 
-def _top_chars(words: Words, n: int, size: int) -> np.ndarray:
+def _top_chars(words: Words, grams: _Grams, size: int) -> np.ndarray:
     """f64[S]: per text, characters of its most frequent n-gram's occurrences together."""
-    first, owner, often, _ = _counted(words, n)
-    chars = sum((words.lengths_N[first + k] for k in range(n)), np.zeros(len(first), np.int64)) * often
+    chars = sum((words.lengths_N[grams.first + k] for k in range(grams.n)), np.zeros(len(grams.first), np.int64)) * grams.often
     most = np.zeros(size, dtype=np.int64)
     # Gopher takes the most frequent n-gram; of several equally frequent ones the longest.
     top = np.zeros(size, dtype=np.int64)
-    np.maximum.at(top, owner, often)
-    is_top = often == top[owner]
-    np.maximum.at(most, owner[is_top], chars[is_top])
+    np.maximum.at(top, grams.owner, grams.often)
+    is_top = grams.often == top[grams.owner]
+    np.maximum.at(most, grams.owner[is_top], chars[is_top])
     return most.astype(np.float64)
 
 
-def _duplicate_chars(words: Words, n: int, size: int) -> np.ndarray:
+def _duplicate_chars(words: Words, grams: _Grams, size: int) -> np.ndarray:
     """f64[S]: per text, characters of words inside n-grams that occurred before, each word counted once."""
-    first, _, _, again = _counted(words, n)
-    first = first[again]
     covered = np.zeros(len(words.hashes_N), dtype=bool)
-    for k in range(n):
-        covered[first + k] = True
+    for k in range(grams.n):
+        covered[grams.first[grams.again] + k] = True
     return _sum_by(words.text_N[covered], words.lengths_N[covered], size)

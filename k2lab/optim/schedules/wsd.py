@@ -73,6 +73,6 @@ class WSD:
         return [
             WSD(),
             WSD(warmup=10, decay=0),
-            WSD(warmup=10, decay=20, shape="sqrt", anneal_at=60),
+            WSD(warmup=10, decay=20, shape="sqrt", min_ratio=0.01, anneal_at=60),
             WSD(shape="cosine", min_ratio=0.1),
         ]

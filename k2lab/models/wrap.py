@@ -1,0 +1,200 @@
+"""`TrainModel`: a transformers causal language model as the trainer sees it (`core.types.Model`).
+
+Legend: `T` packed tokens, `S` documents, `D` width, `W` vocabulary, `H` heads, `E` experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from k2lab.core.errors import CheckpointError
+from k2lab.core.types import Batch, RowLayout
+from k2lab.models import attention, experts
+from k2lab.models.attention import LogitStats
+from k2lab.models.pack import Pack
+from k2lab.models.swap import swap
+from k2lab.specs import ModelSpec
+
+# Numbers that decide choices or are exponentiated; they stay fp32 whatever the model's dtype.
+ALWAYS_FP32 = ("e_score_correction_bias", "A_log", "dt_bias")
+
+
+class TrainModel:
+    """Wraps `hf` and swaps our parts into it. `spec` is its shape, `config` transformers' config object.
+
+    `hf` remains usable by itself: generation, caches and left-padded batches go through the same modules.
+    """
+
+    def __init__(self, hf: Any, spec: ModelSpec) -> None:
+        self.hf = swap(hf)
+        self.spec = spec
+        hf.config._attn_implementation = attention.NAME
+        hf.config._experts_implementation = experts.NAME
+        self._stats: dict[int, LogitStats] = {
+            module.layer_idx: module.k2_stats for module in hf.modules() if hasattr(module, "k2_stats")
+        }
+        self._routers = {name: module for name, module in hf.named_modules() if hasattr(module, "k2_counts")}
+
+    # ------------------------------------------------------------ facts
+
+    @property
+    def config(self) -> Any:
+        return self.hf.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hf.config.vocab_size
+
+    @property
+    def training(self) -> bool:
+        return self.hf.training
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Trainable and frozen parameters under their transformers names; a tied head appears once."""
+        yield from self.hf.named_parameters()
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Model flops of forward and backward per token of sequences of `seq_len` tokens."""
+        return sum(self.spec.flops_per_token(seq_len).values())
+
+    def row_layouts(self) -> list[RowLayout]:
+        """Query and key-value projections of every MLA layer, for QK-Clip; empty for dense students."""
+        query = "q_proj" if self.spec.q_lora_rank is None else "q_b_proj"
+        return [
+            RowLayout(
+                layer=layer,
+                q=f"model.layers.{layer}.self_attn.{query}.weight",
+                kv=f"model.layers.{layer}.self_attn.kv_b_proj.weight",
+                num_heads=self.spec.num_attention_heads,
+                nope=self.spec.qk_nope_head_dim,
+                rope=self.spec.qk_rope_head_dim,
+                v=self.spec.v_head_dim,
+            )
+            for layer in self.spec.layers_of("mla")
+        ]
+
+    # ------------------------------------------------------------ modes
+
+    def train(self, mode: bool = True) -> TrainModel:
+        self.hf.train(mode)
+        return self
+
+    def eval(self) -> TrainModel:
+        return self.train(False)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TrainModel:
+        """Moves the model; `dtype` leaves router bias and decay parameters in fp32 at least."""
+        if dtype is not None:
+            for name, tensor in (*self.hf.named_parameters(), *self.hf.named_buffers()):
+                # inverse rotary frequencies are no weights and keep their precision
+                if not tensor.is_floating_point() or name.endswith("inv_freq"):
+                    continue
+                keep = name.rsplit(".", 1)[-1] in ALWAYS_FP32
+                tensor.data = tensor.data.to(torch.promote_types(dtype, torch.float32) if keep else dtype)
+        if device is not None:
+            self.hf.to(device)
+        return self
+
+    def recompute(self, on: bool = True) -> TrainModel:
+        """Activation recomputation per layer in the backward pass: less memory, about a third more time."""
+        if on:
+            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.hf.gradient_checkpointing_disable()
+        return self
+
+    # ------------------------------------------------------------ computing
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Hidden states after the final norm, [T, D]. Documents of the pack do not see each other in any layer.
+
+        In training (and with gradients enabled) tokens per expert are counted and maximum logits observed, once per call.
+        """
+        device = self.device
+        tokens_T = torch.as_tensor(batch.tokens_T, device=device).long()
+        positions_T = torch.as_tensor(batch.positions_T, device=device).long()
+        pack = Pack.of(batch.starts_S1, device)
+        with self._observing(self.training and torch.is_grad_enabled()):
+            out = self.hf.base_model(
+                input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, k2_pack=pack
+            )
+        return out.last_hidden_state[0]
+
+    def head(self) -> torch.Tensor:
+        """Weights of the output layer, [W, D]; logits are hidden W^T."""
+        return self.hf.get_output_embeddings().weight
+
+    @contextmanager
+    def _observing(self, on: bool) -> Iterator[None]:
+        token = attention.packing.set(True)
+        self._set_observing(on)
+        try:
+            yield
+        finally:
+            attention.packing.reset(token)
+            self._set_observing(False)
+
+    def _set_observing(self, on: bool) -> None:
+        for stats in self._stats.values():
+            stats.active = on
+        for router in self._routers.values():
+            router.k2_counting = on
+
+    # ------------------------------------------------------------ observations
+
+    def capture_max_logits(self, tau: float | None = None) -> None:
+        """Sets the threshold of QK-Clip. On a CPU maxima are exact at every step whatever it is. On a GPU they are upper bounds
+        (which suffice while they are below `tau`), and exact in layers where a bound exceeds `tau`."""
+        for stats in self._stats.values():
+            stats.tau = tau
+
+    def max_logits(self) -> dict[int, torch.Tensor]:
+        """{layer: [H]} largest scaled logit before softmax per head since `reset_max_logits`; layers that saw nothing are absent."""
+        return {layer: stats.max_H.clone() for layer, stats in self._stats.items() if stats.max_H is not None}
+
+    def max_logits_exact(self) -> dict[int, bool]:
+        """{layer: True if `max_logits` of the layer is exact, False if it is an upper bound}."""
+        return {layer: stats.exact for layer, stats in self._stats.items() if stats.max_H is not None}
+
+    def reset_max_logits(self) -> None:
+        for stats in self._stats.values():
+            stats.reset()
+
+    def routers(self) -> dict[str, torch.nn.Module]:
+        """{module name: router}; each has `e_score_correction_bias` [E]."""
+        return dict(self._routers)
+
+    def expert_counts(self) -> dict[str, torch.Tensor]:
+        """{router's module name: i64[E] tokens sent to each expert since `reset_expert_counts`}."""
+        return {name: router.k2_counts.clone() for name, router in self._routers.items()}
+
+    def reset_expert_counts(self) -> None:
+        for router in self._routers.values():
+            router.k2_counts.zero_()
+
+    # ------------------------------------------------------------ state
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that training changes: parameters and router biases, by transformers name. References, not copies."""
+        tied = {"lm_head.weight"} if self.spec.tie_word_embeddings else set()
+        return {name: tensor for name, tensor in self.hf.state_dict().items() if name not in tied}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Copies what `state` gave back into the model. Raises CheckpointError if names or shapes differ."""
+        own = self.state()
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())
+            raise CheckpointError(f"the checkpoint's tensors are not this model's: {len(odd)} names differ", got=", ".join(odd[:5]))
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise CheckpointError(f"{name} has another shape", got=list(state[name].shape), allowed=str(list(tensor.shape)))
+            tensor.copy_(state[name])

@@ -1,0 +1,134 @@
+"""Memory terms: exact for the state, close to what autograd keeps for activations."""
+
+import pytest
+import torch
+
+from k2lab import specs
+from k2lab.core.errors import RecipeError
+from k2lab.core.types import Batch, PlanInput
+from k2lab.models import build
+from k2lab.plan import machines
+from k2lab.plan.memory import activation_bytes, matrix_parameters, training_memory
+
+
+def train(model="tiny-k2", **changes):
+    values = {"seq_len": 256, "per_device_batch": 16, "steps": 10, "optimizer": "muonclip"} | changes
+    return PlanInput(stage="s", type="pretrain", kind="train", model=specs.get(model) if model else None, **values)
+
+
+def terms(inp, machine="laptop"):
+    return {term.key: term.bytes for term in training_memory(inp, machines.get(machine)).terms}
+
+
+def test_state_of_the_tiny_model():
+    tiny = specs.get("tiny-k2")
+    learnt = tiny.total() - 2 * 8
+    found = terms(train())
+    assert found["weights"] == 4 * tiny.total() and found["gradients"] == 4 * learnt and "master" not in found
+    groups = tiny.parameters()
+    others = groups["embedding"] + groups["head"] + groups["norms"]
+    assert matrix_parameters(tiny) == learnt - others
+    assert found["optimizer"] == 4 * (learnt - others) + 8 * others
+    assert terms(train(optimizer="adamw"))["optimizer"] == 8 * learnt
+
+
+def test_bf16_keeps_a_master():
+    tiny = specs.get("tiny-k2")
+    found = terms(train(precision="bf16"))
+    assert found["weights"] == 2 * tiny.total() and found["master"] == 4 * (tiny.total() - 16)
+    whole = terms(train())["activations"]
+    assert whole / 2 < found["activations"] < whole  # what is kept in fp32 in any case does not shrink
+
+
+def test_kda_convolutions_and_gates_are_not_muons():
+    linear = specs.get("tiny-linear")
+    excluded = [t for t in linear.tensors() if t.kind in ("embedding", "head", "norm", "conv", "fp32_vector")]
+    assert matrix_parameters(linear) == linear.total() - sum(t.numel for t in excluded)
+    assert any("conv1d" in t.name for t in excluded) and any("A_log" in t.name for t in excluded)
+
+
+def test_published_bookkeeping_of_48b():
+    """Weights 98, master 196 and momentum about 196 GB: what full training of the 48B model needs beside its gradients."""
+    found = terms(train("kimi-linear-48b", precision="bf16"), "h100-x8")
+    gigabytes = {key: round(value / 1e9) for key, value in found.items()}
+    assert (gigabytes["weights"], gigabytes["master"], gigabytes["optimizer"]) == (98, 196, 200)
+
+
+def test_division_over_gpus():
+    limit = 80e9
+    one = training_memory(train("moonlight-16b", precision="bf16", per_device_batch=1), machines.get("h100-x1"))
+    eight = training_memory(train("moonlight-16b", precision="bf16", per_device_batch=1, gpus=8), machines.get("h100-x8"))
+    assert one.state() == eight.state() and one.replicated() > limit > eight.sharded()
+    needed = one.gpus_needed(limit)
+    at = training_memory(train("moonlight-16b", precision="bf16", per_device_batch=1, gpus=needed), machines.get("h100-x8"))
+    fewer = training_memory(
+        train("moonlight-16b", precision="bf16", per_device_batch=1, gpus=needed - 1), machines.get("h100-x8")
+    )
+    assert needed > 1 and at.sharded() <= limit + 64 * 2**20 < fewer.sharded()
+
+
+def test_nothing_helps_if_activations_are_too_much():
+    memory = training_memory(train("kimi-linear-48b", precision="bf16", seq_len=1_000_000), machines.get("h100-x8"))
+    assert memory.gpus_needed(80e9) is None
+    assert memory.gpus_needed(80e9, checkpointed=True) is None
+    assert memory.activations_checkpointed < 0.2 * next(t.bytes for t in memory.terms if t.key == "activations")
+
+
+@pytest.mark.parametrize("name", ["tiny-k2", "tiny-linear", "tiny-dense"])
+def test_activations_are_what_autograd_keeps(name):
+    """Within 10 % of the tensors that our model saves for the backward pass, for a pack of several documents."""
+    spec = specs.get(name)
+    model = build.from_spec(spec, seed=0, dtype=torch.float32, device=torch.device("cpu"))
+    model.train()
+    starts = torch.tensor([0, 100, 500, 1024])
+    positions = torch.cat([torch.arange(n) for n in starts.diff().tolist()])
+    tokens = torch.arange(1024)
+    batch = Batch(
+        tokens_T=tokens, targets_T=tokens, weight_T=torch.ones(1024), positions_T=positions, starts_S1=starts, num_tokens=1024
+    )
+    own = {parameter.untyped_storage().data_ptr() for _, parameter in model.named_parameters()}
+    kept = {}
+
+    def pack(tensor):
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.hidden(batch)
+    assert hidden.requires_grad
+    assert sum(kept.values()) == pytest.approx(1024 * sum(activation_bytes(spec).values()), rel=0.10)
+
+
+def test_probabilities_only_on_the_cpu_and_up_to_a_limit():
+    expected = 3 * 16 * 256 * (256 + 128) / 2 * 2 * 4  # layers x rows x half the square x heads x fp32
+    assert terms(train())["probabilities"] == expected
+    assert "probabilities" not in terms(train(), "h100-x1")
+    assert "probabilities" not in terms(train(seq_len=65536, per_device_batch=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "muonclp"}, "stage.s.optim.*Did you mean 'muonclip'"),
+        ({"optimizer": ""}, "optimizer"),
+        ({"precision": "fp8"}, "stage.s.precision"),
+        ({"seq_len": 0}, "stage.s.seq_len"),
+        ({"per_device_batch": -1}, "stage.s.per_device_batch"),
+        ({"gpus": 0}, "stage.s.gpus"),
+        ({"grad_acc": 1.5}, "stage.s.grad_acc"),
+        ({"steps": 0}, "stage.s.steps"),
+        ({"token_target": 100}, "steps and token_target"),
+        ({"model": None}, "needs a model"),
+    ],
+)
+def test_impossible_numbers(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        terms(train(**changes))
+
+
+def test_own_optimizer_file_is_assumed_to_keep_two_moments():
+    memory = training_memory(train(optimizer="my/lion.py"), machines.get("laptop"))
+    state = next(term for term in memory.terms if term.key == "optimizer")
+    assert state.origin == "assumed" and state.bytes == 8 * (specs.get("tiny-k2").total() - 16)
