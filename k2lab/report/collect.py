@@ -237,9 +237,10 @@ def _stages(
             directory = next((path for path in fitting if manifests[path].get("name") == name), None)
         else:
             directory = _present(name, tables.get(name), recipe, log, manifests, chosen)
+        if directory is None and any(_same(str(m.get("identity", "")), _logged_identity(log)) for m in manifests.values()):
+            log = []  # it tells of a finished artifact that is not the present one
         stage = _stage(name, tables.get(name, {}), log, directory, manifests.get(directory, {}) if directory else {}, problems)
-        if directory:
-            chosen[name] = stage.identity
+        chosen[name] = stage.identity  # empty if there is none: what was made from an older one does not fit either
         stages.append(stage)
     return stages
 
@@ -262,8 +263,8 @@ def _present(
         parents_fit = all(_same(identity, chosen[parent]) for _, parent, identity in parents_of(manifest) if parent in chosen)
         table_fits = table is None or _agree(manifest.get("stage"), table)
         table_fits = table_fits and all(_agree(manifest.get(key), recipe.get(key)) for key in ("seed", "model"))
-        if is_logged or (parents_fit and table_fits and (table is not None or not logged)):
-            fitting.append(((parents_fit and table_fits, is_logged, str(manifest.get("created", ""))), path))
+        if parents_fit and (is_logged or (table_fits and (table is not None or not logged))):
+            fitting.append(((table_fits, is_logged, str(manifest.get("created", ""))), path))
     return max(fitting)[1] if fitting else None
 
 
@@ -278,9 +279,9 @@ def _same(left: str, right: str) -> bool:
 
 
 def _agree(left: Any, right: Any) -> bool:
-    """True if no key that both tables have differs. Keys of one side only (paths, fingerprints, flags) do not count."""
+    """True if no key that both tables have differs. Paths do not count: they are no part of an artifact's identity."""
     if isinstance(left, dict) and isinstance(right, dict):
-        return all(_agree(left[key], right[key]) for key in left.keys() & right.keys())
+        return all(_agree(left[key], right[key]) for key in (left.keys() & right.keys()) - {"path", "paths"})
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(_agree(a, b) for a, b in zip(left, right))
     if left is None or right is None or isinstance(left, (dict, list)) or isinstance(right, (dict, list)):

@@ -35,7 +35,8 @@ def gains(run: RunView, table: list[dict[str, Any]]) -> str:
         body.append(_gain(row))
     heads = (
         '<th scope="col">Measured</th><th scope="col" class="num">Before</th><th scope="col" class="num">After</th>'
-        '<th scope="col" class="plots"><span class="fine">\u25cb before \u25cf after</span></th><th scope="col" class="num">Change</th>'
+        '<th scope="col" class="plots"><span class="fine">\u25cb before \u25cf after</span></th>'
+        '<th scope="col" class="num">Change</th>'
         '<th scope="col" class="num">95&nbsp;% interval of after</th>'
         '<th scope="col" class="num">n</th><th scope="col" class="how">How</th>'
     )

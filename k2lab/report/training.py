@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -55,7 +56,7 @@ def _table(event: dict[str, Any], name: str) -> dict[str, Any]:
 def _names(stage: StageView, field: str) -> list[str]:
     """All keys that the table `field` has in any step, numbers in numeric order."""
     found = {str(name) for event in stage.steps for name in _table(event, field)}
-    return sorted(found, key=lambda name: (0, int(name), "") if name.isdigit() else (1, 0, name))
+    return sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def _with_band(name: str, points: Points, colour: int) -> tuple[list[Series], list[Band]]:
@@ -299,7 +300,9 @@ def _mean_tail(points: Points) -> float:
 
 
 def _router(name: str) -> str:
-    return f"layer {name}" if name.isdigit() else name
+    """`3` and `model.layers.3.mlp.gate` are both the router of `layer 3`."""
+    found = re.fullmatch(r"(?:.*\.)?layers?[. ](\d+)(?:\..*)?|(\d+)", name)
+    return f"layer {found[1] or found[2]}" if found else name
 
 
 def _heat_maps(stage: StageView, key: str) -> list[str]:

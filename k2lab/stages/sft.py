@@ -117,5 +117,14 @@ class Sft(Training):
     @staticmethod
     def examples() -> list[Sft]:
         return [
-            Sft(steps=2, global_batch=2, per_device_batch=1, seq_len=128, valid_every=2, valid_tokens=256, over_length="drop")
+            Sft(
+                optim=load("optimizer", "muonclip")(lr=1e-3),
+                steps=2,
+                global_batch=2,
+                per_device_batch=1,
+                seq_len=128,
+                valid_every=2,
+                valid_tokens=256,
+                over_length="drop",
+            )
         ]

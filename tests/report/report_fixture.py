@@ -16,8 +16,8 @@ from k2lab.core.events import EventWriter
 
 START = 1_763_770_000.0  # when the run began, in seconds since 1970
 ORDER = ("instructions", "corpus", "tokenizer", "tokenize", "pretrain", "sft", "evaluate")
-SECONDS = dict(zip(ORDER, (3.0, 2.8, 1.0, 1.3, 141.0, 37.5, 21.4)))
-MEMORY = dict(zip(ORDER, (91.0, 148.0, 212.0, 230.0, 1874.0, 1911.0, 986.0)))
+SECONDS = dict(zip((*ORDER, "again"), (3.0, 2.8, 1.0, 1.3, 141.0, 37.5, 21.4, 5.0)))
+MEMORY = dict(zip((*ORDER, "again"), (91.0, 148.0, 212.0, 230.0, 1874.0, 1911.0, 986.0, 400.0)))
 KINDS = dict(zip(ORDER[1:], ("dataset", "tokenizer", "tokens", "checkpoint", "checkpoint", "report")))  # by type of stage
 LAYERS, HEADS, EXPERTS, TAU = 4, 4, 8, 40.0
 
@@ -32,7 +32,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "tokenizer": {"type": "tokenizer", "corpus": "corpus", "vocab_size": 2048},
     "tokenize": {"type": "tokenize", "corpus": "corpus", "tokenizer": "tokenizer"},
     "pretrain": {"type": "pretrain", "data": "tokenize", "steps": 300, "optim": {"type": "muonclip", "lr": 2e-3, "tau": TAU}},
-    "sft": {"type": "sft", "start": "pretrain", "data": "instructions", "optim": {"type": "muonclip", "lr": 1e-3, "tau": TAU}},
+    "sft": {"type": "sft", "start": "pretrain", "data": "instructions", "epochs": 2.0, "optim": {"type": "muonclip", "tau": TAU}},
     "evaluate": {"type": "evaluate", "models": ["pretrain", "sft"], "tokens": "tokenize", "instructions": "instructions"},
 }
 PARENTS = {
@@ -43,17 +43,20 @@ PARENTS = {
     "pretrain": {"data": "tokenize"},
     "sft": {"start": "pretrain", "data": "instructions"},
     "evaluate": {"models[0]": "pretrain", "models[1]": "sft", "tokens": "tokenize", "instructions": "instructions"},
+    "again": {"models": "sft"},
 }
 
 
 def make(
     run_dir: Path,
     *,
-    upto: str = "evaluate",
+    upto: str = "",
     cut: int | None = None,
     resume_at: int | None = None,
-    results: list[dict[str, Any]] | None = None,
+    results: dict[str, Any] | None = None,
+    again: dict[str, Any] | None = None,
     stages: dict[str, dict[str, Any]] | None = None,
+    start: float = START,
     recipe: str = "tiny",
     steps: dict[str, int] | None = None,
     hostile: str = "",
@@ -62,31 +65,39 @@ def make(
 
     Stages after `upto` have not started; with `cut`, the stage `upto` was killed after that step. With `resume_at`, a first
     attempt at pretrain was killed 25 steps after its checkpoint at that step, and a second one finished. `results` replaces the
-    content of results.json (one evaluate stage each); `stages` overrides stage tables; `hostile` is put into every text.
+    content of results.json, `again` is that of a second evaluate stage; `stages` overrides stage tables; `hostile` is put into
+    every text. In a directory that holds a run already, finished artifacts of the same identity are reused, as `k2 run` does.
     """
     tables = {name: {**table, **(stages or {}).get(name, {})} for name, table in STAGES.items()}
+    found = {"evaluate": results if results is not None else example_results(hostile)}
+    if again is not None:
+        tables["again"] = {"type": "evaluate", "models": ["sft"], "seed": 2}
+        found["again"] = again
     num = {"pretrain": 300, "sft": 80, **(steps or {})}
     (run_dir / "stages").mkdir(parents=True, exist_ok=True)
     text = _recipe_text(tables, hostile)
     (run_dir / "recipe.toml").write_text(text, encoding="utf-8")
     (run_dir / "recipe.resolved.toml").write_text(text, encoding="utf-8")
     artifacts.write_json(run_dir / "env.json", _env(recipe))
-    clock = _Clock(EventWriter(run_dir / "events", writer="rank0", run=recipe), START)
+    clock = _Clock(EventWriter(run_dir / "events", writer="rank0", run=recipe), start)
     clock.emit("run_start", 0, recipe=recipe, versions=_env(recipe)["versions"], device="auto")
     made: dict[str, str] = {}
-    for name in ORDER:
+    for name in tables:
         parents = {role: {"name": parent, "identity": made[parent]} for role, parent in PARENTS[name].items()}
         identity = artifacts.identity(tables[name], {role: item["identity"] for role, item in parents.items()}, 1, 1)
         killed = name == upto and cut is not None
+        if (run_dir / "stages" / f"{name}-{identity[:8]}").is_dir():
+            made[name] = identity
+            continue
         clock.events.stage = name
         _log(clock, name, identity, num.get(name, 0), cut if killed else None, resume_at if name == "pretrain" else None, hostile)
         if killed:
             partial = run_dir / "stages" / f"{name}-{identity[:8]}.partial"
-            partial.mkdir()
+            partial.mkdir(exist_ok=True)
             (partial / "manifest.json").write_text("{}", encoding="utf-8")  # must not be mistaken for a finished one
             break
         made[name] = identity
-        _artifact(run_dir, name, tables[name], identity, parents, clock.now, results, hostile)
+        _artifact(run_dir, name, tables[name], identity, parents, clock.now, found.get(name), hostile)
         cost = {"seconds": SECONDS[name], "peak_rss_mb": MEMORY[name]}
         clock.emit("stage_end", clock.events.step, **cost, artifact=f"{name}-{identity[:8]}")
         if name == upto:
@@ -147,7 +158,7 @@ def _env(recipe: str) -> dict[str, Any]:
 
 
 def _log(clock: _Clock, name: str, identity: str, steps: int, cut: int | None, resume_at: int | None, hostile: str) -> None:
-    start = {"type": STAGES[name]["type"], "identity": identity}
+    start = {"type": STAGES.get(name, STAGES["evaluate"])["type"], "identity": identity}
     if not steps:
         clock.emit("stage_start", 0, **start, total=None, unit="", resumed=False)
         clock.emit("progress", 0, SECONDS[name] * 0.8, done=7199, total=7199, unit="records")
@@ -242,17 +253,15 @@ def _artifact(
     identity: str,
     parents: dict[str, Any],
     now: float,
-    results: list[dict[str, Any]] | None,
+    results: dict[str, Any] | None,
     hostile: str,
 ) -> None:
     partial = run_dir / "stages" / f"{name}-{identity[:8]}.partial"
-    partial.mkdir()
-    sizes = {"instructions": 25_000, "corpus": 32_000, "tokenizer": 7_000, "tokenize": 12_000, "pretrain": 60_000, "sft": 60_000}
-    if name == "evaluate":
-        found = results if results is not None else [example_results(hostile)]
-        artifacts.write_json(partial / "results.json", found[0])
+    partial.mkdir(exist_ok=True)
+    if results is not None:
+        artifacts.write_json(partial / "results.json", results)
     else:
-        (partial / "data.bin").write_bytes(b"\0" * sizes[name])
+        (partial / "data.bin").write_bytes(b"\0" * (5_000 * len(name)))
     extra: dict[str, Any] = {"parameters": 3_214_592} if name in ("pretrain", "sft") else {}
     if name == "tokenize":
         extra["counts"] = {"train": {"documents": 6155, "tokens": 577_421, "text_bytes": 1_772_816}}
