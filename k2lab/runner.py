@@ -132,8 +132,12 @@ def run(
     command: str = "",
     listeners: Callable[[EventWriter], list[Callable[[dict[str, Any]], None]]] | None = None,
     say: Callable[[str], None] = print,
+    own_recipe: bool = True,
 ) -> Outcome:
-    """Runs every stage that is not finished yet. Raises K2Error with the earlier stages' work intact."""
+    """Runs every stage that is not finished yet. Raises K2Error with the earlier stages' work intact.
+
+    `own_recipe=False` (an evaluation inside somebody's run) leaves the run directory's recipe and environment files as they are.
+    """
     began = time.perf_counter()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with artifacts.disk_errors(run_dir):
@@ -143,11 +147,13 @@ def run(
     events.listeners = listeners(events) if listeners is not None and rank == 0 else []
     outcome = Outcome()
     try:
-        if rank == 0:
+        if rank == 0 and (own_recipe or not (run_dir / "recipe.resolved.toml").is_file()):
             _write_facts(recipe, run_dir, device, command)
-        events.emit("run_start", step=0, recipe=recipe.name, versions=_versions(), device=device)
+        planned = survey(recipe, run_dir, only)
+        identities = {stage.entry.name: stage.identity for stage in planned}
+        events.emit("run_start", step=0, recipe=recipe.name, versions=_versions(), device=device, stages=identities)
         finished: dict[str, Artifact] = {}
-        for stage in survey(recipe, run_dir, only):
+        for stage in planned:
             finished[stage.entry.name] = _run_stage(stage, recipe, finished, events, rank, world, device, say)
         outcome.done = finished
         outcome.seconds = time.perf_counter() - began
@@ -205,10 +211,10 @@ def _run_stage(
     )
     try:
         _execute(entry, ctx, rank, world)
-    except OSError as error:
+    except BaseException as error:
+        events.emit("stage_failed", error=str(error) or type(error).__name__)
         with artifacts.disk_errors(partial):
-            raise error
-        raise
+            raise
     finally:
         if rank == 0 and partial.is_dir():
             _note_seconds(partial, seconds_before + time.perf_counter() - began)

@@ -157,6 +157,7 @@ def do_eval(args: argparse.Namespace) -> int:
         command="k2 " + shlex.join(sys.argv[1:]),
         listeners=lambda events: _listeners(args.quiet or args.json, out_dir),
         say=say,
+        own_recipe=run_dir is None,
     )
     results = json.loads((done.done["evaluate"].path / "results.json").read_text(encoding="utf-8"))
     if args.json:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from k2lab.core.artifacts import disk_errors, write_json
-from k2lab.core.errors import CheckpointError, MachineError
+from k2lab.core.errors import CheckpointError
 
 FORMAT = 1
 
@@ -34,21 +34,22 @@ def save(
             shutil.rmtree(leftover)
     with disk_errors(temporary):
         temporary.mkdir()
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / "model.safetensors")
-            save_file({name: tensor.contiguous() for name, tensor in optim.items()}, temporary / "optim.safetensors")
-        except Exception as error:  # safetensors wraps the operating system's errors in its own class
-            if "os error 28" in str(error) or "No space" in str(error):
-                raise MachineError(
-                    "the disk is full",
-                    where=str(temporary),
-                    next="Free space and give the same command again; finished work is kept",
-                ) from error
-            raise
+        for name, tensors in (("model", model), ("optim", optim)):
+            _save(tensors, temporary / f"{name}.safetensors")
         write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state})
         os.replace(temporary, final)
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step-{old:08d}")
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except Exception as error:  # safetensors hides the operating system's number in the text of its own error
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error)) from error
 
 
 def steps(folder: Path) -> list[int]:

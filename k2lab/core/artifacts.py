@@ -63,7 +63,8 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON through a temporary file and a rename, synced to disk: a reader sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path), temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
+        # Lone surrogates can come from file names and broken data; they are escaped rather than refused.
+        json.dump(value, file, indent=1, ensure_ascii=True)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -81,9 +82,11 @@ class disk_errors:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, OSError) or isinstance(error, MachineError):
             return
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise MachineError(
-                "the disk is full", where=str(self.path), next="Free space and give the same command again; finished work is kept"
+                "the disk (or the quota) is full",
+                where=str(self.path),
+                next="Free space and give the same command again; finished work is kept",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise MachineError("no permission to write", where=str(self.path), next="Choose another --run-dir") from error

@@ -5,7 +5,7 @@ starts with the step it resumed from (`kind: "stage_start"`, `step`), and reader
 that was killed and resumed reads like one that never was.
 
 Kinds and their fields (all numbers are plain JSON; non-finite floats are written as strings):
-  run_start    recipe, versions, device
+  run_start    recipe, versions, device, stages {name: identity}
   stage_start  type, identity, total (steps or null), unit, resumed (bool)
   step         total, losses {term: mean}, lr, grad_norm, tokens, tokens_per_s, seconds, rss_mb, eta_s, and when known
                max_logits {layer: [per head]}, clipped {layer: [head, ...]}, expert_load {router: [share per expert]}
@@ -14,6 +14,7 @@ Kinds and their fields (all numbers are plain JSON; non-finite floats are writte
   funnel       filter, seen, kept, dropped, changed, examples [{text, why}]
   note         text: a slow path taken, an early stop, a fallback; said once
   stage_end    seconds, peak_rss_mb, artifact
+  stage_failed error
 """
 
 from __future__ import annotations

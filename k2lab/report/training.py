@@ -56,7 +56,12 @@ def _table(event: dict[str, Any], name: str) -> dict[str, Any]:
 def _names(stage: StageView, field: str) -> list[str]:
     """All keys that the table `field` has in any step, numbers in numeric order."""
     found = {str(name) for event in stage.steps for name in _table(event, field)}
-    return sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    return sorted(found, key=_natural)
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Sorts `layer 9` before `layer 10`."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
 
 
 def _with_band(name: str, points: Points, colour: int) -> tuple[list[Series], list[Band]]:
@@ -179,7 +184,7 @@ def _heads(stage: StageView) -> list[tuple[str, Points]]:
         for layer, heads in _table(event, "max_logits").items():
             for head, value in enumerate(heads if isinstance(heads, list) else [heads]):
                 found.setdefault((str(layer), head), []).append((float(event["step"]), number(value)))
-    ordered = sorted(found, key=lambda item: (0, int(item[0]), "", item[1]) if item[0].isdigit() else (1, 0, item[0], item[1]))
+    ordered = sorted(found, key=lambda item: (_natural(item[0]), item[1]))
     return [(f"layer {layer}, head {head}", found[layer, head]) for layer, head in ordered if _known(found[layer, head])]
 
 
@@ -301,7 +306,7 @@ def _mean_tail(points: Points) -> float:
 
 def _router(name: str) -> str:
     """`3` and `model.layers.3.mlp.gate` are both the router of `layer 3`."""
-    found = re.fullmatch(r"(?:.*\.)?layers?[. ](\d+)(?:\..*)?|(\d+)", name)
+    found = re.fullmatch(r"(?:.*\.)?layers?[. ]([0-9]+)(?:\..*)?|([0-9]+)", name)
     return f"layer {found[1] or found[2]}" if found else name
 
 

@@ -62,7 +62,7 @@ def one_backward(model, feed: PackedFeed, counts: dict[str, float] | None = None
     return sums, metrics, grads, np.concatenate([batch.tokens_T for batch in micro])
 
 
-def train_steps(model, feed: PackedFeed, steps: int, lr: float = 3e-3) -> list[float]:
+def train_steps(model, feed: PackedFeed, steps: int, lr: float = 1e-3) -> list[float]:
     """Losses of `steps` MuonClip steps with fp32 Newton-Schulz and the router bias, as the loop does them."""
     from k2lab.dist import mesh
     from k2lab.models.router import update_router_bias

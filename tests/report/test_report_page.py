@@ -159,14 +159,14 @@ def test_page_is_small(whole):
 
 
 def test_page_of_a_large_model_stays_small():
-    layers, heads, experts, steps = 20, 16, 96, 400
+    layers, heads, experts, steps = 12, 16, 64, 200
     load = {f"layer {i}": [1 / experts] * experts for i in range(layers)}
     logits = {str(i): [float(i + h) for h in range(heads)] for i in range(layers)}
     log = [
         {"step": s, "losses": {"lm": 3 - s / steps}, "lr": 1e-4, "grad_norm": 1.0, "max_logits": logits, "expert_load": load}
         for s in range(1, steps + 1)
     ]
-    stages = [StageView(f"stage {n}", "pretrain", "done", steps=log, seconds=1.0) for n in range(6)]
+    stages = [StageView(f"stage {n}", "pretrain", "done", steps=log, seconds=1.0) for n in range(4)]
     run = RunView(Path("big"), "big", {}, "x" * 200_000, "y" * 200_000, {}, {}, stages, [], [])
     text = html.page(run)
     assert_sound(text, Page(text))

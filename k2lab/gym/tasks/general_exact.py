@@ -41,7 +41,7 @@ class GeneralExact:
         if not fitting:
             raise DataError(
                 "no record fits the task general_exact",
-                allowed=f"instruction records of the source {self.source or '(any)'}, output of at most {self.longest} characters",
+                allowed=f"instruction records of source {self.source or '(any)'}, output of at most {self.longest} characters",
             )
         return [
             Task(

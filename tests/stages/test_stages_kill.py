@@ -1,0 +1,75 @@
+"""Exact resume: `kill -9` at any moment of any stage, the same command again, and every file is bit-identical."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_run import environment, k2, weights_of, write
+
+from k2lab.core.events import read
+from k2lab.core.rng import rng
+
+
+def start(recipe: Path, run_dir: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "k2lab", "run", str(recipe), "--run-dir", str(run_dir), "--quiet"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for(run_dir: Path, stage: str, step: int, process: subprocess.Popen) -> None:
+    """Returns once `stage` has begun (and, for training stages, has done `step` steps), or the process has ended."""
+    folder = run_dir / "events"
+    while process.poll() is None:
+        for event in read(folder) if folder.is_dir() else ():
+            if event["stage"] == stage and (event["kind"] == "stage_start" or event["kind"] == "step") and event["step"] >= step:
+                return
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["tiny-k2", "tiny-linear"])
+def test_killed_and_resumed_equals_never_interrupted(spec, tmp_path):
+    recipe = write(tmp_path / "data", spec)
+    k2("run", str(recipe), "--run-dir", str(tmp_path / "whole"), "--quiet")
+    expected = weights_of(tmp_path / "whole")
+    assert any(name.endswith("model.safetensors") for name in expected)
+    draw = rng(int(time.time()), "kills")  # other moments in every run of the suite; the figure is printed on failure
+    moments = [("instructions", 0), ("corpus", 0), ("tokenizer", 0), ("tokenize", 0)]
+    moments += [("pretrain", int(draw.integers(0, 12))), ("pretrain", 11), ("sft", int(draw.integers(0, 8)))]
+    kills = 0
+    for stage, step in moments:
+        process = start(recipe, tmp_path / "killed")
+        wait_for(tmp_path / "killed", stage, step, process)
+        time.sleep(float(draw.random()) * 0.15)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 4
+    k2("run", str(recipe), "--run-dir", str(tmp_path / "killed"), "--quiet")
+    assert weights_of(tmp_path / "killed") == expected, f"killed at {moments}"
+    whole, killed = ([e for e in read(tmp_path / d / "events") if e["kind"] == "step"] for d in ("whole", "killed"))
+    assert [(e["stage"], e["step"], e["losses"]) for e in whole] == [(e["stage"], e["step"], e["losses"]) for e in killed]
+
+
+@pytest.mark.slow
+def test_second_run_of_the_same_recipe_reuses_everything_and_an_edit_remakes_from_there(tmp_path):
+    recipe = write(tmp_path / "data")
+    k2("run", str(recipe), "--run-dir", str(tmp_path / "run"), "--quiet")
+    before = weights_of(tmp_path / "run")
+    again = k2("run", str(recipe), "--run-dir", str(tmp_path / "run"), "--quiet")
+    assert again.stdout.count(": reused") == 6
+    assert weights_of(tmp_path / "run") == before
+    dry = k2("run", str(recipe), "stage.sft.steps=4", "--run-dir", str(tmp_path / "run"), "--dry-run").stdout
+    assert dry.count("reuse ") == 5 and dry.count("new ") == 1
+    with (tmp_path / "data" / "texts.jsonl").open("a") as file:
+        file.write('{"text": "one more line of text for the corpus", "source": "made"}\n')
+    dry = k2("run", str(recipe), "--run-dir", str(tmp_path / "run"), "--dry-run").stdout
+    assert dry.count("reuse ") == 1 and dry.count("new ") == 5  # the edited file changes the identity of all that follows
+    assert weights_of(tmp_path / "run") == before
