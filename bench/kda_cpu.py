@@ -1,6 +1,6 @@
 """Chunked Kimi Delta Attention, forward and backward on a CPU: ours against transformers' fallback, alternating in one process.
 
-    python bench/kda_cpu.py [--tokens 2048] [--heads 4] [--width 64] [--rounds 5] [--threads 2] [--documents 1]
+python bench/kda_cpu.py [--tokens 2048] [--heads 4] [--width 64] [--rounds 5] [--threads 2] [--documents 1]
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def main() -> None:
     kernels = {"ours": lambda *x, **flags: chunk_kda(*x, **flags, pack=pack), "transformers": chunk_kimi_delta_attention}
     print(f"device        {device()}")
     print(f"versions      python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"problem       {options.tokens} tokens in {options.documents} documents, {options.heads} heads of {options.width}, fp32")
+    print(
+        f"problem       {options.tokens} tokens in {options.documents} documents, {options.heads} heads of {options.width}, fp32"
+    )
     taken: dict[str, list[tuple[float, float, torch.Tensor]]] = {name: [] for name in kernels}
     gradients = {}
     for _ in range(options.rounds + 1):
@@ -65,12 +67,14 @@ def main() -> None:
     for name, results in taken.items():
         wall, used = (statistics.median(r[i] for r in results[1:]) for i in (0, 1))
         medians[name] = wall
-        print(f"{name:13s} {wall * 1e3:.1f} ms forward + backward (fastest {min(r[0] for r in results) * 1e3:.1f}), {used * 1e3:.1f} CPU ms")
+        fastest = min(r[0] for r in results) * 1e3
+        print(f"{name:13s} {wall * 1e3:.1f} ms forward + backward (fastest {fastest:.1f}), {used * 1e3:.1f} CPU ms")
     print(f"ratio         {medians['transformers'] / medians['ours']:.2f}x")
     if options.documents == 1:
         a, b = taken["ours"][-1][2], taken["transformers"][-1][2]
         worst = max(float((x - y).norm() / y.norm()) for x, y in zip(gradients["ours"], gradients["transformers"]))
-        print(f"difference    {float((a - b).abs().max()):.1e} of outputs up to {float(b.abs().max()):.2f}; gradients {worst:.1e} relative")
+        apart, largest = float((a - b).abs().max()), float(b.abs().max())
+        print(f"difference    {apart:.1e} of outputs up to {largest:.2f}; gradients {worst:.1e} relative")
     else:
         print("difference    not comparable: transformers' fallback has no document boundaries")
 

@@ -1,9 +1,9 @@
 """One training step on a CPU: ours against transformers' default path, same model, same tokens, alternating in one process.
 
 Forward, backward, gradient clipping and fused AdamW in fp32 on one pack of documents with log-normal lengths (median about 200).
-The rival is transformers as it comes: sdpa attention, its default experts, documents kept apart through position_ids, its own loss.
-Both use torch.optim.AdamW(fused=True), so the difference is the model. Also printed: CPU seconds of the process per step, which a busy
-machine disturbs less than the clock. Our allocator setting stays on for both.
+The rival is transformers as it comes: sdpa attention, its default experts, documents kept apart through position_ids, its own
+loss. Both use torch.optim.AdamW(fused=True), so the difference is the model. Also printed: CPU seconds of the process per step,
+which a busy machine disturbs less than the clock. Our allocator setting stays on for both.
 
     python bench/train_step.py [--tokens 4096] [--rounds 5] [--threads 2] [--model tiny-k2] [--profile]
 """

@@ -87,7 +87,9 @@ def bootstrap_mean(
     values_P = _finite(values, "a mean")
     means_R = _resampled(len(values_P), seed, name, resamples, lambda picked: values_P[picked].mean(axis=1))
     low, high = _percentiles(means_R, level)
-    return Estimate(float(values_P.mean()), low, high, _std(values_P), len(values_P), f"bootstrap over items, {resamples} resamples")
+    return Estimate(
+        float(values_P.mean()), low, high, _std(values_P), len(values_P), f"bootstrap over items, {resamples} resamples"
+    )
 
 
 def avg_at_k(scores_PK: Any, level: float = LEVEL) -> Estimate:
@@ -105,9 +107,7 @@ def best_of_n(scores_PK: Any, level: float = LEVEL) -> Estimate:
     return avg_at_k(best_P[:, None], level)
 
 
-def ratio(
-    numerators: Any, denominators: Any, seed: int, name: str, resamples: int = RESAMPLES, level: float = LEVEL
-) -> Estimate:
+def ratio(numerators: Any, denominators: Any, seed: int, name: str, resamples: int = RESAMPLES, level: float = LEVEL) -> Estimate:
     """sum(numerators) / sum(denominators), such as bits per byte, with the percentile bootstrap over items.
 
     Never a mean of per-item ratios, which would weigh short documents like long ones. `std` is the sample standard deviation

@@ -262,7 +262,7 @@ def k2lab_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = _repeated(key, groups), _repeated(value, groups)
     B, H, T, _ = query.shape
-    causal = kwargs.get("is_causal", None) is not False
+    causal = kwargs.get("is_causal") is not False
     if k2_pack is None and (attention_mask is not None or key.shape[2] != T or dropout or not causal):
         is_causal = causal and attention_mask is None and T > 1
         if is_causal and key.shape[2] > T:  # first pass into a static cache: the rest of it is empty

@@ -1,7 +1,8 @@
 """Building, loading and saving models as transformers classes.
 
-Config files are read and written in the released, legacy form (`model_type: kimi_k2`, `rope_scaling`, `rope_theta`); transformers 5
-knows neither `kimi_k2` nor these keys, so the way in and out goes through `specs.ModelSpec`, which recognises models by their fields.
+Config files are read and written in the released, legacy form (`model_type: kimi_k2`, `rope_scaling`, `rope_theta`);
+transformers 5 knows neither `kimi_k2` nor these keys, so the way in and out goes through `specs.ModelSpec`, which recognises
+models by their fields.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ CLASSES: dict[str, tuple[type, type]] = {
 
 
 def hf_config(spec: ModelSpec) -> Any:
-    """transformers' config object for a spec. Kimi Linear's layer types are always explicit, because transformers' default pattern is
-    that of no released model."""
+    """transformers' config object for a spec. Kimi Linear's layer types are always explicit, because transformers' default
+    pattern is that of no released model."""
     table = spec.config()
     kind = spec.family if spec.family != "dense" else table["model_type"]
     config_class, _ = CLASSES[kind]
@@ -71,10 +72,9 @@ def _class_of(spec: ModelSpec) -> type:
 # ---------------------------------------------------------------- from numbers
 
 
-def from_spec(
-    spec: ModelSpec, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> TrainModel:
-    """A fresh model. Every tensor is a function of (seed, its name, its shape) alone, not of module order, rank or torch version."""
+def from_spec(spec: ModelSpec, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TrainModel:
+    """A fresh model. Every tensor is a function of (seed, its name, its shape) alone, not of module order, rank or torch
+    version."""
     if torch.device(device).type == "cpu":
         cpu.keep_memory()
     with torch.device("meta"):
@@ -150,9 +150,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     return table
 
 
-def load(
-    path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> TrainModel:
+def load(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TrainModel:
     """A model from a folder with config.json and safetensors, in the released tensor names: Kimi K2, DeepSeek-V3, Moonlight,
     Kimi Linear, Qwen2, Llama.
 
@@ -167,10 +165,14 @@ def load(
             next="Convert it to bf16 first",
         )
     if isinstance(table.get("text_config"), dict):
-        raise CheckpointError(f"{path} is a vision-language model", allowed="text models", next="Extract its language model first")
+        raise CheckpointError(
+            f"{path} is a vision-language model", allowed="text models", next="Extract its language model first"
+        )
     spec = ModelSpec.from_config(table, name=Path(path).name)
     if table.get("attention_dropout"):
-        raise RecipeError("attention dropout is not supported", where=f"{path}/config.json", got=table["attention_dropout"], allowed="0")
+        raise RecipeError(
+            "attention dropout is not supported", where=f"{path}/config.json", got=table["attention_dropout"], allowed="0"
+        )
     if torch.device(device).type == "cpu":
         cpu.keep_memory()
     shown = transformers_logging.is_progress_bar_enabled()

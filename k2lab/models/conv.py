@@ -1,7 +1,7 @@
 """Causal depthwise convolution over packed documents, with SiLU: the short convolution of Kimi Delta Attention.
 
-A convolution of kernel J is J shifted multiply-adds over the whole pack; only the first J - 1 tokens of each document would see their
-neighbour's tokens, and these few rows are computed again without them.
+A convolution of kernel J is J shifted multiply-adds over the whole pack; only the first J - 1 tokens of each document would see
+their neighbour's tokens, and these few rows are computed again without them.
 
 Legend: `T` packed tokens, `X` channels, `J` kernel length.
 """
@@ -14,18 +14,20 @@ import torch.nn.functional as F
 from k2lab.models.pack import Pack
 
 
+def near_starts(pack: Pack, reach: int) -> torch.Tensor:
+    """i64[n] the first `reach` tokens of every document but the first."""
+    known = pack.__dict__.setdefault("_near_starts", {})
+    if reach not in known:
+        bounds = zip(pack.starts[1:-1], pack.starts[2:])
+        rows = [t for start, end in bounds for t in range(start, min(start + reach, end))]
+        known[reach] = torch.tensor(rows, dtype=torch.int64, device=pack.device)
+    return known[reach]
+
+
 def crossing(pack: Pack, shift: int) -> torch.Tensor:
-    """i64[n] tokens t of which t - shift lies in an earlier document (not before the pack)."""
-    known = pack.__dict__.setdefault("_crossing", {})
-    if shift not in known:
-        rows = [
-            t
-            for start, end in zip(pack.starts[1:-1], pack.starts[2:])
-            for t in range(start, min(start + shift, end))
-            if t >= shift
-        ]
-        known[shift] = torch.tensor(rows, dtype=torch.int64, device=pack.device)
-    return known[shift]
+    """i64[n] tokens t of which t - shift exists and lies in an earlier document."""
+    rows = near_starts(pack, shift)
+    return rows[rows >= shift]
 
 
 class ShortConv(torch.autograd.Function):
@@ -39,7 +41,7 @@ class ShortConv(torch.autograd.Function):
         for shift in range(1, min(J, len(x))):
             y[shift:].addcmul_(x[:-shift], taps[J - 1 - shift])
         # rows near a document's start: the same sum without the terms from before it
-        edge = crossing(pack, J - 1)
+        edge = near_starts(pack, J - 1)
         if len(edge):
             exact = x.index_select(0, edge) * taps[J - 1]
             first = _first_of(pack, edge)

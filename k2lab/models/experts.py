@@ -1,7 +1,7 @@
 """SwiGLU feed-forward layers: dense, and the experts of a mixture (registered in transformers as "k2lab").
 
-Tokens are sorted by expert once; each expert then runs its three products on its own rows, and the weighted outputs are added back
-in expert order, so the result does not depend on threads. The forward pass keeps only the inputs and the pre-activations.
+Tokens are sorted by expert once; each expert then runs its three products on its own rows, and the weighted outputs are added
+back in expert order, so the result does not depend on threads. The forward pass keeps only the inputs and the pre-activations.
 
 Legend: `T` tokens, `D` width, `F` expert hidden width, `E` experts, `K` chosen experts, `n` rows of one expert.
 Weights: gate_up [E, 2F, D] (gate rows first), down [E, D, F].
@@ -112,7 +112,9 @@ def k2lab_experts(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """transformers' experts function. On a GPU, or for experts of another build than SwiGLU without biases, grouped_mm runs."""
-    plain = self.has_gate and not (self.has_bias or self.is_transposed or self.has_post_expert_norm or self._is_expert_parallel)
+    # attributes that an older transformers lacks are features that it lacks
+    odd = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+    plain = getattr(self, "has_gate", True) and not any(getattr(self, name, False) for name in odd)
     if hidden_states.device.type != "cpu" or not plain or self.config.hidden_act != "silu":
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     weights = top_k_weights.to(hidden_states.dtype)

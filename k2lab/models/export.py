@@ -52,9 +52,12 @@ def released(name: str, tensor: torch.Tensor, family: str) -> Iterator[tuple[str
 
 
 def write(state: dict[str, torch.Tensor], family: str, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes `state` (transformers names) into `folder`: model.safetensors, or shards of at most `shard_bytes` and their index."""
+    """Writes `state` (transformers names) into `folder`: model.safetensors, or shards of at most `shard_bytes` and their
+    index."""
     names = [
-        (new, part.numel() * part.element_size()) for name, tensor in state.items() for new, part in released(name, tensor, family)
+        (new, part.numel() * part.element_size())
+        for name, tensor in state.items()
+        for new, part in released(name, tensor, family)
     ]
     shards, room = [0], shard_bytes
     for _, size in names:
@@ -64,13 +67,16 @@ def write(state: dict[str, torch.Tensor], family: str, folder: Path, shard_bytes
         shards[-1] += 1
         room -= size
     files = [
-        "model.safetensors" if len(shards) == 1 else f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))
+        "model.safetensors" if len(shards) == 1 else f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors"
+        for n in range(len(shards))
     ]
     where: dict[str, str] = {}
     tensors = ((new, part) for name, tensor in state.items() for new, part in released(name, tensor, family))
     for file, count in zip(files, shards):
         # cloned: safetensors refuses views that share memory
-        part = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in _take(tensors, count)}
+        part = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in _take(tensors, count)
+        }
         save_file(part, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(part, file)
     if len(files) > 1:

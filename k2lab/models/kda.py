@@ -12,8 +12,8 @@ Decays are products of exponentials of *differences* of cumulated gates. Where a
 channel these factor about the chunk's middle into two matrices and one product; where it decays more, a recursion over
 halves uses only exponents <= 0. No gate, however strong, overflows or loses the exact result.
 
-Legend: `B` batch, `T` tokens, `H` heads, `D` key width, `V` value width, `M` chunks of all documents, `C` chunk length, `J` kernel length,
-`X` channels, `S` documents.
+Legend: `B` batch, `T` tokens, `H` heads, `D` key width, `V` value width, `M` chunks of all documents, `C` chunk length, `J`
+kernel length, `X` channels, `S` documents.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SAFE = 60.0  # exp(+-60) and products of two such factors with unit vectors stay
 def decay_gate(
     z_THD: torch.Tensor, log_rate_H1: torch.Tensor, bias_HD: torch.Tensor, lower_bound: float | None = None
 ) -> torch.Tensor:
-    """Log-decay g <= 0 of shape [..., H, D]. Unbounded (Kimi Linear): -exp(A) softplus(z + bias). With `lower_bound` (< 0, Kimi K3's
-    form): lower_bound sigmoid(exp(A) (z + bias)). Computed in fp32 or wider."""
+    """Log-decay g <= 0 of shape [..., H, D]. Unbounded (Kimi Linear): -exp(A) softplus(z + bias). With `lower_bound` (< 0, Kimi
+    K3's form): lower_bound sigmoid(exp(A) (z + bias)). Computed in fp32 or wider."""
     wide = torch.promote_types(z_THD.dtype, torch.float32)
     z, rate = z_THD.to(wide) + bias_HD.to(wide), log_rate_H1.to(wide).exp()
     return -rate * F.softplus(z) if lower_bound is None else lower_bound * torch.sigmoid(rate * z)
@@ -194,11 +194,11 @@ def chunk_kda(
     use_qk_l2norm_in_kernel: bool = False,
     pack: Pack | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """KDA over packed documents. query, key, g [B, T, H, D], value [B, T, H, V], beta [B, T, H] -> (out [B, T, H, V], final states
-    [S, H, D, V] or None).
+    """KDA over packed documents. query, key, g [B, T, H, D], value [B, T, H, V], beta [B, T, H] -> (out [B, T, H, V], final
+    states [S, H, D, V] or None).
 
-    As transformers' `chunk_kimi_delta_attention`, plus `pack`: with it B = 1 and documents are those of the pack; without, each row
-    of the batch is a document. States are per document. `chunk_size` must be a power of two. Computed in fp32 or wider.
+    As transformers' `chunk_kimi_delta_attention`, plus `pack`: with it B = 1 and documents are those of the pack; without, each
+    row of the batch is a document. States are per document. `chunk_size` must be a power of two. Computed in fp32 or wider.
     """
     B, T, H, D = key.shape
     V = value.shape[-1]

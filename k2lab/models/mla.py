@@ -1,8 +1,8 @@
 """Multi-head latent attention for training on packs: rotation, assembly of keys and attention in one autograd function.
 
-transformers' forward (which also serves decoding with the compressed cache) builds queries and keys through several copies and as many
-again in the backward pass; here each is written once. Rotary pairs stay interleaved in place: queries and keys share the
-order, and a dot product does not see it.
+transformers' forward (which also serves decoding with the compressed cache) builds queries and keys through several copies and
+as many again in the backward pass; here each is written once. Rotary pairs stay interleaved in place: queries and keys share
+the order, and a dot product does not see it.
 
 Legend: `T` packed tokens, `H` heads, `N` no-position width, `R` rotary width, `V` value width, `C` = N + R.
 """
@@ -51,9 +51,7 @@ class LatentAttention(torch.autograd.Function):
         heads, (N, R, V), scale, pack = ctx.rest
         T = q.shape[0]
         kv, grad_kv = kv_TX.view(T, heads, N + V), kv_TX.new_empty(T, heads, N + V)
-        grad_q, grad_k = attend_backward(
-            grad.reshape(T, heads, V), q, k, kv[..., N:], scale, pack, ctx.kept, grad_kv[..., N:]
-        )
+        grad_q, grad_k = attend_backward(grad.reshape(T, heads, V), q, k, kv[..., N:], scale, pack, ctx.kept, grad_kv[..., N:])
         grad_kv[..., :N] = grad_k[..., :N]
         grad_rot = grad_k[..., N:].sum(1)
         if angles is not None:
@@ -70,8 +68,8 @@ def _angles(position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Ten
 
 
 class FastMLA(torch.nn.Module):
-    """Mixed into transformers' latent attention classes by `swap`. Packs on the CPU take `LatentAttention`; decoding, masks, other
-    devices and half precision take the class's own forward with the "k2lab" attention function."""
+    """Mixed into transformers' latent attention classes by `swap`. Packs on the CPU take `LatentAttention`; decoding, masks,
+    other devices and half precision take the class's own forward with the "k2lab" attention function."""
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any

@@ -1,5 +1,5 @@
-"""Puts our parts into a transformers model: each affected module becomes an instance of a subclass of its own class, so that names,
-parameters, hooks, `isinstance` and decoding stay as they are. Nothing is patched globally.
+"""Puts our parts into a transformers model: each affected module becomes an instance of a subclass of its own class, so that
+names, parameters, hooks, `isinstance` and decoding stay as they are. Nothing is patched globally.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from functools import cache
 import torch
 
 from k2lab.models.attention import LogitStats
+from k2lab.models.delta import FastKDA
 from k2lab.models.experts import FastMLP
 from k2lab.models.gemm import FastLinear
-from k2lab.models.delta import FastKDA
 from k2lab.models.mla import FastMLA
 from k2lab.models.norm import FastRMSNorm
 from k2lab.models.router import CountingRouter

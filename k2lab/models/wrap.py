@@ -105,10 +105,10 @@ class TrainModel:
 
     def recompute(self, on: bool = True) -> TrainModel:
         """Activation recomputation per layer in the backward pass: less memory, about a third more time."""
-        if on:
-            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.hf.gradient_checkpointing_disable()
+        # transformers renamed the pair; older versions in our range have only the second name
+        verb = "enable" if on else "disable"
+        switch = getattr(self.hf, f"activation_checkpointing_{verb}", None) or getattr(self.hf, f"gradient_checkpointing_{verb}")
+        switch({"use_reentrant": False}) if on else switch()
         return self
 
     # ------------------------------------------------------------ computing
@@ -123,9 +123,7 @@ class TrainModel:
         positions_T = torch.as_tensor(batch.positions_T, device=device).long()
         pack = Pack.of(batch.starts_S1, device)
         with self._observing(self.training and torch.is_grad_enabled()):
-            out = self.hf.base_model(
-                input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, k2_pack=pack
-            )
+            out = self.hf.base_model(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, k2_pack=pack)
         return out.last_hidden_state[0]
 
     def head(self) -> torch.Tensor:
@@ -157,7 +155,8 @@ class TrainModel:
             stats.tau = tau
 
     def max_logits(self) -> dict[int, torch.Tensor]:
-        """{layer: [H]} largest scaled logit before softmax per head since `reset_max_logits`; layers that saw nothing are absent."""
+        """{layer: [H]} largest scaled logit before softmax per head since `reset_max_logits`; layers that saw nothing are
+        absent."""
         return {layer: stats.max_H.clone() for layer, stats in self._stats.items() if stats.max_H is not None}
 
     def max_logits_exact(self) -> dict[int, bool]:
@@ -193,7 +192,9 @@ class TrainModel:
         own = self.state()
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
-            raise CheckpointError(f"the checkpoint's tensors are not this model's: {len(odd)} names differ", got=", ".join(odd[:5]))
+            raise CheckpointError(
+                f"the checkpoint's tensors are not this model's: {len(odd)} names differ", got=", ".join(odd[:5])
+            )
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise CheckpointError(f"{name} has another shape", got=list(state[name].shape), allowed=str(list(tensor.shape)))

@@ -179,9 +179,13 @@ class Optimizer:
         return list(self._rows)
 
     def table_text(self) -> str:
-        """The table for people, with equal layers folded, totals, and the number type of Newton-Schulz with its reason."""
+        """The table for people: equal layers folded, totals; for MuonClip also what QK-Clip acts on, and the number type of
+        Newton-Schulz with its reason."""
         text = _table.table_text(self._rows)
-        return text + (f"\nNewton-Schulz in {self.muon.note}" if self.muonclip else "")
+        if self.muonclip is None:
+            return text
+        on = f"tau {self.tau:g}, alpha {self.muonclip.alpha:g}, {len(self.layouts)} attention layers" if self.tau else "off"
+        return f"{text}\nQK-Clip: {on}\nNewton-Schulz in {self.muon.note}"
 
     def table_hash(self) -> str:
         """sha256 hex of the table: who updates what, at which scale and decay, cut how."""

@@ -29,3 +29,13 @@ def messages_of(record: dict[str, Any]) -> list[Message]:
         where=str(record.get("key")),
         allowed='{"instruction","input","output"}, {"messages"} or {"question","answer"}',
     )
+
+
+def document_start(tokenizer: Any) -> int:
+    """The token before a document's first: [BOS], or where a vocabulary has none (Qwen) the end-of-document token."""
+    from k2lab.core.errors import RecipeError
+
+    try:
+        return tokenizer.bos_id
+    except RecipeError:
+        return tokenizer.eos_id

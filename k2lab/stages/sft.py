@@ -31,6 +31,7 @@ class Sft(Training):
         from k2lab.data.mixture import epoch_order
         from k2lab.data.samples import valid_batches
         from k2lab.text import tokenizer as text_tokenizer
+        from k2lab.text.template import chat_template
 
         source = ctx.parent("start").path
         tokenizer = text_tokenizer.load(source)
@@ -76,6 +77,9 @@ class Sft(Training):
             vocab_size=tokenizer.vocab_size,
             objective=load("objective", "lm")(),
         )
+        if ctx.rank == 0 and "<|im_middle|>" in tokenizer.special:
+            # Other servers must render chats as this stage did: the template says whether a system message is put in.
+            tokenizer.save(ctx.work, chat_template=chat_template(default_system=self.default_system))
 
     def _samples(self, ctx: StageContext, tokenizer: Any, split: str) -> list[Any]:
         from k2lab.data import shards

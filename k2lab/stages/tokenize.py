@@ -24,10 +24,12 @@ class Tokenize(Stage):
     def run(self, ctx: StageContext) -> None:
         from k2lab.data import shards
         from k2lab.data.records import text_of
+        from k2lab.stages._chats import document_start
         from k2lab.text import tokenizer as text_tokenizer
 
         source = ctx.parent("tokenizer").path
         tokenizer = text_tokenizer.load(source)
+        start = document_start(tokenizer)
         corpus = ctx.parent("corpus")
         total = sum(corpus.manifest.get("counts", {}).values()) or None
         counts: dict[str, Any] = {}
@@ -39,7 +41,7 @@ class Tokenize(Stage):
             for batch in _batches(shards.read_records(corpus.path, split), 512):
                 texts = [text_of(record) for record in batch]
                 for record, text, ids in zip(batch, texts, tokenizer.encode_batch(texts), strict=True):
-                    tokens = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+                    tokens = [start, *ids, tokenizer.eos_id]
                     writer.add(
                         tokens,
                         key=record["key"],

@@ -62,7 +62,7 @@ def test_other_kind_other_format_and_broken_manifest(tmp_path):
 
 
 def test_full_disk_is_one_paragraph(tmp_path):
-    with pytest.raises(MachineError, match="disk is full") as caught, artifacts.disk_errors(tmp_path):
+    with pytest.raises(MachineError, match="is full") as caught, artifacts.disk_errors(tmp_path):
         raise OSError(28, "No space left on device")
     assert caught.value.exit_code == 3
 

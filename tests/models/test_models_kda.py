@@ -1,4 +1,5 @@
-"""Chunked KDA against its definition in fp64 and transformers' chunked path; the short convolution; boundaries; gates of any strength."""
+"""Chunked KDA against its definition in fp64 and transformers' chunked path; the short convolution; boundaries; gates of any
+strength."""
 
 from __future__ import annotations
 
@@ -41,24 +42,25 @@ def test_chunked_equals_the_recurrence(strength: float, chunk: int) -> None:
     states = torch.randn(len(LENGTHS), 2, 8, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     exact = run(recurrent_kda, sample(strength, torch.float64), states)
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+
         def kernel(*x, **flags):
             return chunk_kda(*x, chunk_size=chunk, **flags)
 
         inputs = [x.detach().to(dtype).requires_grad_() for x in sample(strength, torch.float64)]
         out, final, grads = run(kernel, inputs, states.to(dtype))
         assert bool(torch.isfinite(out).all())
-        assert float((out - exact[0]).abs().max()) < tolerance
-        assert float((final - exact[1]).abs().max()) < tolerance
+        assert float((out - exact[0]).detach().abs().max()) < tolerance
+        assert float((final - exact[1]).detach().abs().max()) < tolerance
         assert all(relative(a.double(), b) < 10 * tolerance for a, b in zip(grads, exact[2]))
 
 
 def test_gradcheck() -> None:
-    inputs = sample(1.5, torch.float64, tokens=23, heads=1)
-    pack = Pack.of([0, 3, 20, 23], "cpu")
-    states = torch.randn(3, 1, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    inputs = [x.detach()[..., :3].requires_grad_() if x.dim() == 4 else x for x in sample(1.5, torch.float64, tokens=9, heads=1)]
+    pack = Pack.of([0, 2, 8, 9], "cpu")
+    states = torch.randn(3, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
 
     def function(*x):
-        return chunk_kda(*x[:-1], initial_state=x[-1], output_final_state=True, chunk_size=8, pack=pack)
+        return chunk_kda(*x[:-1], initial_state=x[-1], output_final_state=True, chunk_size=4, pack=pack)
 
     assert torch.autograd.gradcheck(function, (*inputs, states), atol=1e-7)
     strong = [x if n != 3 else (x.detach() * 40).requires_grad_() for n, x in enumerate(inputs)]
@@ -70,8 +72,8 @@ def test_equals_transformers_fallback_on_a_batch(tokens: int) -> None:
     inputs = sample(1.6, torch.float32, tokens=tokens, batch=2)
     states = torch.randn(2, 2, 8, 6, generator=torch.Generator().manual_seed(3))
     ours, theirs = run(chunk_kda, inputs, states, None), run(chunk_kimi_delta_attention, inputs, states, None)
-    assert float((ours[0] - theirs[0]).abs().max()) < 1e-5
-    assert float((ours[1] - theirs[1]).abs().max()) < 1e-5
+    assert float((ours[0] - theirs[0]).detach().abs().max()) < 1e-5
+    assert float((ours[1] - theirs[1]).detach().abs().max()) < 1e-5
     assert all(relative(a, b) < 1e-4 for a, b in zip(ours[2], theirs[2]))
 
 
@@ -114,9 +116,7 @@ def test_short_convolution_equals_transformers_on_each_document() -> None:
     x = torch.randn(sum(lengths), 6, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(6, 4, generator=generator, dtype=torch.float64).requires_grad_()
     ours = short_conv(x, weight, pack)
-    theirs = torch.cat(
-        [causal_conv1d_fn(part.t()[None], weight, activation="silu")[0].t() for part in x.split(lengths)]
-    )
+    theirs = torch.cat([causal_conv1d_fn(part.t()[None], weight, activation="silu")[0].t() for part in x.split(lengths)])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     for a, b in zip(torch.autograd.grad((ours**3).sum(), (x, weight)), torch.autograd.grad((theirs**3).sum(), (x, weight))):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)

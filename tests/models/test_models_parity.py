@@ -53,7 +53,9 @@ def test_transformers_kimi_linear_leaks_across_packed_documents_and_ours_does_no
         packed = plain(input_ids=batch.tokens_T[None], position_ids=batch.positions_T[None], use_cache=False).logits[0, 40:]
         by_itself = plain(input_ids=second.tokens_T[None], use_cache=False).logits[0]
         ours, ours_by_itself = logits(model, batch)[40:], logits(model, second)
-    assert float((packed - by_itself).abs().max()) > 1e-2, "transformers no longer leaks: our own path may have become unnecessary"
+    assert float((packed - by_itself).abs().max()) > 1e-2, (
+        "transformers no longer leaks: our own path may have become unnecessary"
+    )
     assert float((ours - ours_by_itself).abs().max()) < 1e-5
     assert float((ours - by_itself).abs().max()) < 1e-5
 

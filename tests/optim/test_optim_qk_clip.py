@@ -182,6 +182,7 @@ def test_it_can_be_switched_off(tau):
             param.grad = noise(f"g {name}", *param.shape)
         assert built.step(0, 10, maxima).clipped == {}
     assert all(torch.equal(p[name], q[name]) for name in p)
+    assert "QK-Clip: off" in optim.table_text() and "QK-Clip: tau 100" in trained(100.0)[1].table_text()
 
 
 def test_a_run_that_clips_every_step_holds_the_logits_down_and_reads_the_maxima_only():
@@ -221,6 +222,7 @@ def test_frozen_projections_are_never_scaled():
     p["a.q_b_proj.weight"].grad = torch.zeros_like(p["a.q_b_proj.weight"])
     old = {name: param.detach().clone() for name, param in p.items()}
     assert optim.step(0, 1, {0: torch.full((H,), 1e4)}).clipped == {}
+    assert "QK-Clip: tau 100, alpha 0.5, 0 attention layers" in optim.table_text()
     assert all(torch.equal(p[name], old[name]) for name in p)
 
 
