@@ -92,9 +92,9 @@ def run_tasks(
 ) -> TaskRun:
     """Asks every task `k` times and scores the answers.
 
-    `sampler` has `sample(prompts, params, keys)` (`k2lab.sampling`); `tokenizer` is a `k2lab.text.tokenizer.Tokenizer`. The key of
-    sample j of a task is "<task key>/<j>": draws don't depend on other tasks, and two models see the same ones. `max_tokens`
-    overrides the tasks' own limits. A prompt that does not fit the window is an empty response and scores accordingly.
+    `sampler` has `sample(prompts, params, keys)` (`k2lab.sampling`); `tokenizer` is a `k2lab.text.tokenizer.Tokenizer`. The key
+    of sample j of a task is "<task key>/<j>": draws don't depend on other tasks, and two models see the same ones.
+    `max_tokens` overrides the tasks' own limits. A prompt that does not fit the window is an empty response and scores so.
     Raises RecipeError for k > 1 with greedy decoding, whose samples would be equal; DataError for no task or a key twice.
     """
     if k < 1 or (k > 1 and temperature == 0):

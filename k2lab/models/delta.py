@@ -39,7 +39,8 @@ class FastKDA(torch.nn.Module):
             hidden_states = hidden_states * attention_mask[:, :, None].to(hidden_states.dtype)
         x = hidden_states
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0) if cache_params is not None else None
+        begun = cache_params is not None and cache_params.has_previous_state(self.layer_idx)
+        state = cache_params.layers[self.layer_idx].recurrent_states[0] if begun else None
         heads = (B, T, self.num_heads, self.head_dim)
         query, key, value = (part.reshape(heads) for part in self._convolved(qkv, cache_params, pack).split(self.qkv_dim, dim=-1))
         gate = self.forget_gate

@@ -17,9 +17,13 @@ from k2lab.models.gemm import grad_input, linear
 NAME = "k2lab"
 
 
-def _swiglu_backward(gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients (gate, up) of silu(gate) * up."""
-    return torch.ops.aten.silu_backward(grad * up, gate), torch.nn.functional.silu(gate).mul_(grad)
+def _swiglu_backward(
+    gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, grad_gate: torch.Tensor, grad_up: torch.Tensor
+) -> None:
+    """Gradients of silu(gate) * up, written into `grad_gate` and `grad_up`."""
+    torch.mul(grad, up, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad_up, gate, grad_input=grad_gate)
+    torch.mul(torch.nn.functional.silu(gate), grad, out=grad_up)
 
 
 class DenseSwiGLU(torch.autograd.Function):
@@ -36,7 +40,8 @@ class DenseSwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         x, gate, up, act, w_gate, w_up, w_down = ctx.saved_tensors
         grad_down = grad.t() @ act
-        grad_gate, grad_up = _swiglu_backward(gate, up, grad_input(grad, w_down))
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        _swiglu_backward(gate, up, grad_input(grad, w_down), grad_gate, grad_up)
         grad_x = torch.addmm(grad_input(grad_up, w_up), grad_gate, w_gate)
         return grad_x, grad_gate.t() @ x, grad_up.t() @ x, grad_down
 
@@ -57,34 +62,33 @@ class ExpertsSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, chosen, weights, gate_up, down):
-        E, F2, _ = gate_up.shape
-        T, K = chosen.shape
+        E, K = len(gate_up), chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=E).tolist()
         tokens, sorted_weights = order // K, weights.flatten()[order].unsqueeze(1)
         out = torch.zeros_like(x)
-        hidden, end = x.new_empty(T * K, F2), 0
+        kept, end = [], 0
         for expert, count in enumerate(counts[:E]):
             if not count:
                 continue
             first, end = end, end + count
             rows = tokens[first:end]
             pre = linear(x.index_select(0, rows), gate_up[expert])
-            hidden[first:end] = pre
+            kept.append(pre)
             gate, up = pre.chunk(2, dim=1)
             act = torch.nn.functional.silu(gate).mul_(up)
             out.index_add_(0, rows, linear(act, down[expert]).mul_(sorted_weights[first:end]))
-        ctx.save_for_backward(x, hidden, tokens, order, sorted_weights, gate_up, down)
-        ctx.counts, ctx.shape = counts, (T, K)
+        ctx.save_for_backward(x, tokens, order, sorted_weights, gate_up, down)
+        ctx.counts, ctx.shape, ctx.kept = counts, chosen.shape, kept
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, hidden, tokens, order, sorted_weights, gate_up, down = ctx.saved_tensors
+        x, tokens, order, sorted_weights, gate_up, down = ctx.saved_tensors
         grad_x = torch.zeros_like(x)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         grad_weights, end = sorted_weights.new_zeros(len(order)), 0
-        F = down.shape[2]
+        kept = iter(ctx.kept)
         for expert, count in enumerate(ctx.counts[: len(gate_up)]):
             if not count:
                 grad_gate_up[expert].zero_()
@@ -92,17 +96,18 @@ class ExpertsSwiGLU(torch.autograd.Function):
                 continue
             first, end = end, end + count
             rows, weight = tokens[first:end], sorted_weights[first:end]
-            gate, up = hidden[first:end, :F], hidden[first:end, F:]
+            pre = next(kept)
+            gate, up = pre.chunk(2, dim=1)
             grad_out = grad.index_select(0, rows)
             act = torch.nn.functional.silu(gate).mul_(up)
             # With y = down act: d weight = <grad, y> = <down^T grad, act>, so y need not be kept.
             grad_act = grad_input(grad_out, down[expert])
             grad_weights[first:end] = torch.linalg.vecdot(grad_act, act)
             torch.mm(grad_out.t(), act.mul_(weight), out=grad_down[expert])
-            pre = torch.empty_like(hidden[first:end])
-            pre[:, :F], pre[:, F:] = _swiglu_backward(gate, up, grad_act.mul_(weight))
-            torch.mm(pre.t(), x.index_select(0, rows), out=grad_gate_up[expert])
-            grad_x.index_add_(0, rows, grad_input(pre, gate_up[expert]))
+            grad_pre = torch.empty_like(pre)
+            _swiglu_backward(gate, up, grad_act.mul_(weight), *grad_pre.chunk(2, dim=1))
+            torch.mm(grad_pre.t(), x.index_select(0, rows), out=grad_gate_up[expert])
+            grad_x.index_add_(0, rows, grad_input(grad_pre, gate_up[expert]))
         scattered = torch.empty_like(grad_weights)
         scattered[order] = grad_weights
         return grad_x, None, scattered.view(ctx.shape), grad_gate_up, grad_down

@@ -27,14 +27,14 @@ ONEDNN = _onednn_works()
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x W^T -> [T, O]."""
-    if ONEDNN and x_TI.dtype == torch.float32:
+    if ONEDNN and x_TI.dtype == torch.float32 and x_TI.device.type == "cpu":
         return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, None, "none", [], "")
     return F.linear(x_TI, weight_OI)
 
 
 def grad_input(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """dy W -> [T, I]."""
-    if ONEDNN and grad_TO.dtype == torch.float32:
+    if ONEDNN and grad_TO.dtype == torch.float32 and grad_TO.device.type == "cpu":
         return torch.ops.mkldnn._linear_pointwise(grad_TO, weight_OI.t(), None, "none", [], "")
     return grad_TO @ weight_OI
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from k2lab.models.gemm import grad_input, linear
+
 
 def _pieces(rows: torch.Tensor, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
     for first in range(0, len(rows), chunk):
@@ -20,7 +22,7 @@ def _softmax_parts(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log p of the targets [c, 1], exponentials of the logits less their row maximum [c, W], row sums of these [c, 1]); fp32 or
     wider. One [c, W] buffer."""
-    logits = hidden_cD @ weight_WD.t()
+    logits = linear(hidden_cD, weight_WD)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits -= logits.amax(-1, keepdim=True)
     chosen = logits.gather(1, targets_c1)
@@ -52,7 +54,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad.scatter_add_(1, targets, -weights)
             grad = grad.to(hidden.dtype)
             if need_hidden:
-                grad_hidden[where] = grad @ weight_WD
+                grad_hidden[where] = grad_input(grad, weight_WD)
             if need_weight:
                 if grad_weight.dtype == grad.dtype:
                     grad_weight.addmm_(grad.t(), hidden)

@@ -168,6 +168,11 @@ def test_model_is_left_as_it_was(k2):
     k2.zero_grad(set_to_none=True)
 
 
+def test_absorbed_decoding_applies_to_every_family(model):
+    with absorbed_decoding(model) as applied:
+        assert applied
+
+
 def test_absorbed_decoding_applies_to_plain_latent_attention_only(k2):
     with absorbed_decoding(k2) as applied:
         assert applied
