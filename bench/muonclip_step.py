@@ -167,7 +167,7 @@ def show(taken: dict[str, list[Timing]], base: str) -> None:
         ratios = [median(results, column) / median(taken[base], column) for column in (0, 2)]
         print(
             f"  {name:13s} {wall * 1e3:7.1f} ms (fastest {min(r[0] for r in results) * 1e3:.1f}), "
-            f"clip + update {optim * 1e3:6.1f} ms, {used * 1e3:7.1f} CPU ms; {ratios[0]:.2f} x {base}, {ratios[1]:.2f} x in CPU time"
+            f"clip+update {optim * 1e3:.1f} ms, {used * 1e3:7.1f} CPU ms; {ratios[0]:.2f} x {base}, {ratios[1]:.2f} in CPU time"
         )
 
 

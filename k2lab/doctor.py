@@ -37,7 +37,12 @@ def examine() -> dict[str, Any]:
     add("python", "ok" if tested else "untested", platform.python_version(), "" if tested else "tested on 3.11 and 3.12")
     system = f"{platform.system()} {platform.machine()}"
     linux = platform.system() == "Linux" and platform.machine() == "x86_64"
-    add("system", "ok" if linux else "untested", system, "" if linux else "tested on Linux x86-64; written for arm64, macOS and WSL")
+    add(
+        "system",
+        "ok" if linux else "untested",
+        system,
+        "" if linux else "tested on Linux x86-64; written for arm64, macOS and WSL",
+    )
     for name, (low, high) in CORE.items():
         _package(add, name, low, high)
     _hardware(add)
@@ -65,7 +70,12 @@ def _hardware(add: Any) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     add("memory", "ok" if memory > 4 else "missing", f"{memory:.1f} GB", "" if memory > 4 else "`k2 run tiny` needs about 3 GB")
     free = shutil.disk_usage(".").free / 1e9
-    add("disk", "ok" if free > 1 else "missing", f"{free:.1f} GB free here", "" if free > 1 else "a run of `tiny` needs about 0.3 GB")
+    add(
+        "disk",
+        "ok" if free > 1 else "missing",
+        f"{free:.1f} GB free here",
+        "" if free > 1 else "a run of `tiny` needs about 0.3 GB",
+    )
     try:
         import torch
     except ImportError:
@@ -78,7 +88,12 @@ def _hardware(add: Any) -> None:
         matrix @ matrix
     rate = 5 * 2 * 1024**3 / (time.perf_counter() - began)
     slow = rate < 20e9
-    add("matrix speed", "slow" if slow else "ok", f"{rate / 1e9:.0f} GFLOP/s in fp32", "`k2 run tiny` will take longer" if slow else "")
+    add(
+        "matrix speed",
+        "slow" if slow else "ok",
+        f"{rate / 1e9:.0f} GFLOP/s in fp32",
+        "`k2 run tiny` will take longer" if slow else "",
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)

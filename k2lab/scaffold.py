@@ -8,7 +8,7 @@ from pathlib import Path
 from k2lab.core import recipe as recipes
 from k2lab.core.errors import RecipeError, did_you_mean
 
-RECIPE = '''\
+RECIPE = """\
 # A recipe of your own, on top of {base!r}. Try it:  k2 run {file} --dry-run   and   k2 run {file}
 # `k2 run {file} --print` shows every value and where it comes from; `k2 list` what can stand here.
 base = "{base}"
@@ -24,7 +24,7 @@ description = "{name}"
 # [[stage]]
 # name = "sft"
 # data = {{ type = "jsonl", path = "my_instructions.jsonl" }}   # {{"instruction", "input", "output"}} or {{"messages": [...]}}
-'''
+"""
 
 SLOTS = {
     "source": '''\
@@ -197,7 +197,9 @@ def write(what: str, name: str, base: str = "tiny") -> Path:
     """Writes the starting point in the current directory and returns its path. Never overwrites."""
     known = ("recipe", *SLOTS)
     if what not in known:
-        raise RecipeError(f"there is nothing to scaffold called {what!r}", allowed=", ".join(known), next=did_you_mean(what, known))
+        raise RecipeError(
+            f"there is nothing to scaffold called {what!r}", allowed=", ".join(known), next=did_you_mean(what, known)
+        )
     stem = name.removesuffix(".toml").removesuffix(".py")
     if not re.fullmatch(r"[a-z][a-z0-9_-]*", stem) or (what != "recipe" and "-" in stem):
         raise RecipeError("names are lower-case letters, digits and _", got=name, next="For example: k2 new source my_notes")

@@ -326,7 +326,7 @@ def _build_stage(table: dict[str, Any], earlier: list[StageEntry], model: Any) -
         raise RecipeError("this key is required and missing", where=f"{where}.type", allowed=", ".join(slots.names("stage")))
     if not isinstance(table["type"], str):
         raise RecipeError("wrong type", where=f"{where}.type", got=table["type"], allowed=", ".join(slots.names("stage")))
-    cls = slots.load("stage", table["type"], where=f"{where}.type")
+    cls: Any = slots.load("stage", table["type"], where=f"{where}.type")
     if cls.uses_model and model is None:
         raise RecipeError("this key is required and missing", where="model", allowed="the name of a spec (see `k2 list specs`)")
     config = schema.build(cls, table, where, skip=STAGE_KEYS)

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from k2lab.core.errors import RecipeError, did_you_mean
 
@@ -78,7 +79,7 @@ def load(kind: str, name: str, where: str = "") -> type:
                 next=did_you_mean(name, known),
             )
         module = importlib.import_module(f"{ROOMS[kind]}.{name}")
-    public = [
+    public: list[Any] = [
         value
         for key, value in vars(module).items()
         if not key.startswith("_")

@@ -10,8 +10,9 @@ Legend: `B` batch, `T` packed tokens, `H` heads, `C` query and key head width, `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -50,14 +51,6 @@ class LogitStats:
 # ---------------------------------------------------------------- CPU: explicit scores
 
 
-@dataclass
-class Kept:
-    """What the backward pass needs besides q, k, v: probabilities of blocks and of groups, None where they are computed again."""
-
-    blocks: list[torch.Tensor | None] = field(default_factory=list)
-    groups: list[torch.Tensor | None] = field(default_factory=list)
-
-
 @cache
 def _above_diagonal(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu_(1)
@@ -93,11 +86,13 @@ def _scatter(out_THC: torch.Tensor, x: torch.Tensor, group: Group) -> None:
 
 def attend(
     q_THC: torch.Tensor, k_THC: torch.Tensor, v_THV: torch.Tensor, scale: float, pack: Pack, stats: LogitStats | None, keep: bool
-) -> tuple[torch.Tensor, Kept]:
-    """Attention output [T, H, V] and, if `keep`, what `attend_backward` needs. Inputs need unit stride in the last axis only."""
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Attention output [T, H, V] and the probabilities of blocks, then of groups, that `attend_backward` needs (None where they
+    are not kept). Inputs need unit stride in the last axis only."""
     T, H, V = v_THV.shape
     out_THV = v_THV.new_empty(T, H, V)
-    kept, maxima = Kept(), []
+    kept: list[torch.Tensor | None] = []
+    maxima = []
     size = q_THC.element_size() * H
     scores_bytes = sum((end - first) * (end - start) for start, first, end in pack.blocks) * size
     keep_blocks = keep and scores_bytes <= KEEP_BYTES
@@ -108,14 +103,14 @@ def attend(
             maxima.append(scores.amax((1, 2)))
         probs = _probabilities(scores)
         torch.bmm(probs, v_THV[start:end].transpose(0, 1), out=out_THV[first:end].transpose(0, 1))
-        kept.blocks.append(probs if keep_blocks else None)
+        kept.append(probs if keep_blocks else None)
     for group in pack.small_groups:
         scores = _scores(_gathered(q_THC, group), _gathered(k_THC, group), scale)
         if observe:
             maxima.append(scores.amax((1, 2)).view(-1, H).amax(0))
         probs = _probabilities(scores)
         _scatter(out_THV, torch.bmm(probs, _gathered(v_THV, group)), group)
-        kept.groups.append(probs if keep else None)
+        kept.append(probs if keep else None)
     if observe:
         stats.see(torch.stack(maxima).amax(0).float())
     return out_THV, kept
@@ -128,13 +123,13 @@ def attend_backward(
     v_THV: torch.Tensor,
     scale: float,
     pack: Pack,
-    kept: Kept,
+    kept: Sequence[torch.Tensor | None],
     grad_v_THV: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients (q, k) of `attend`; that of v is written into `grad_v_THV` (it may be a part of a wider tensor)."""
     grad_q, grad_k = torch.empty_like(q_THC), torch.empty_like(k_THC)
     previous = -1
-    for (start, first, end), probs in zip(pack.blocks, kept.blocks):
+    for (start, first, end), probs in zip(pack.blocks, kept):
         q, k = q_THC[first:end].transpose(0, 1), k_THC[start:end].transpose(0, 1)
         if probs is None:
             probs = _probabilities(_scores(q, k, scale))
@@ -146,7 +141,7 @@ def attend_backward(
         _write(grad_k[start:end].transpose(0, 1), grad_s.transpose(1, 2), q, scale, add=start == previous)
         _write(grad_v_THV[start:end].transpose(0, 1), probs.transpose(1, 2), grad, 1.0, add=start == previous)
         previous = start
-    for group, probs in zip(pack.small_groups, kept.groups):
+    for group, probs in zip(pack.small_groups, kept[len(pack.blocks) :]):
         q, k = _gathered(q_THC, group), _gathered(k_THC, group)
         if probs is None:
             probs = _probabilities(_scores(q, k, scale))
@@ -178,15 +173,15 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_THC, k_THC, v_THV, scale, pack, stats):
         out, kept = attend(q_THC, k_THC, v_THV, scale, pack, stats, keep=any(ctx.needs_input_grad))
-        ctx.save_for_backward(q_THC, k_THC, v_THV)
-        ctx.scale, ctx.pack, ctx.kept = scale, pack, kept
+        ctx.save_for_backward(q_THC, k_THC, v_THV, *kept)
+        ctx.scale, ctx.pack = scale, pack
         return out
 
     @staticmethod
     def backward(ctx, grad_THV):
-        q_THC, k_THC, v_THV = ctx.saved_tensors
+        q_THC, k_THC, v_THV, *kept = ctx.saved_tensors
         grad_v = torch.empty_like(v_THV)
-        grad_q, grad_k = attend_backward(grad_THV, q_THC, k_THC, v_THV, ctx.scale, ctx.pack, ctx.kept, grad_v)
+        grad_q, grad_k = attend_backward(grad_THV, q_THC, k_THC, v_THV, ctx.scale, ctx.pack, kept, grad_v)
         return grad_q, grad_k, grad_v, None, None, None
 
 

@@ -1,6 +1,6 @@
 """The Kimi Delta Attention layer: transformers' module with our convolution and chunked recurrence, packs and caches included.
 
-Legend: `B` batch, `T` tokens, `H` heads, `D` head width, `X` = 3 H D channels of the convolution.
+Legend: `B` batch, `T` tokens, `H` heads, `D` head width, `X` = H D channels of each convolution.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class FastKDA(torch.nn.Module):
         if attention_mask is not None:  # padded positions must neither enter the convolution nor the state
             hidden_states = hidden_states * attention_mask[:, :, None].to(hidden_states.dtype)
         x = hidden_states
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         begun = cache_params is not None and cache_params.has_previous_state(self.layer_idx)
         state = cache_params.layers[self.layer_idx].recurrent_states[0] if begun else None
         heads = (B, T, self.num_heads, self.head_dim)
-        query, key, value = (part.reshape(heads) for part in self._convolved(qkv, cache_params, pack).split(self.qkv_dim, dim=-1))
+        query, key, value = (part.view(heads) for part in self._convolved(projected, cache_params, pack))
         gate = self.forget_gate
         z = gate.f_b_proj(gate.f_a_proj(x)).view(heads)
         g = decay_gate(z, gate.A_log.view(self.num_heads, 1), gate.dt_bias.view(self.num_heads, self.head_dim))
@@ -53,16 +53,19 @@ class FastKDA(torch.nn.Module):
         output_gate = self.g_b_proj(self.g_a_proj(x)).view(heads)
         return self.o_proj(self.o_norm(out, output_gate).reshape(B, T, -1))
 
-    def _convolved(self, qkv: torch.Tensor, cache_params: Any, pack: Pack | None) -> torch.Tensor:
-        """The short convolution; with a cache it continues from the cached inputs and caches the last ones."""
-        B, T, X = qkv.shape
-        weight = self.conv1d.weight.squeeze(1)
+    def _convolved(self, projected: list[torch.Tensor], cache_params: Any, pack: Pack | None) -> list[torch.Tensor]:
+        """The short convolutions of query, key and value; with a cache they continue from the cached inputs and cache the last
+        ones."""
+        B, T, X = projected[0].shape
         if cache_params is not None:
-            full = cache_params.update_conv_state(qkv.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-            qkv = full.transpose(1, 2)
-        length = qkv.shape[1]
-        rows = pack if pack is not None else Pack.rows(B, length, qkv.device)
-        return short_conv(qkv.reshape(-1, X), weight, rows).view(B, length, X)[:, length - T :]
+            both = torch.cat(projected, dim=-1).transpose(1, 2)
+            full = cache_params.update_conv_state(both, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+            projected = list(full.transpose(1, 2).split(X, dim=-1))
+        length = projected[0].shape[1]
+        rows = pack if pack is not None else Pack.rows(B, length, projected[0].device)
+        weights = self.conv1d.weight.squeeze(1).split(X, dim=0)
+        mixed = [short_conv(part.reshape(-1, X), weight, rows) for part, weight in zip(projected, weights)]
+        return [part.view(B, length, X)[:, length - T :].contiguous() for part in mixed]
 
     def _attend(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from k2lab.models.gemm import grad_input, linear
+from k2lab.models.gemm import grad_input, grad_weight, linear
 
 NAME = "k2lab"
 
@@ -39,11 +39,11 @@ class DenseSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, gate, up, act, w_gate, w_up, w_down = ctx.saved_tensors
-        grad_down = grad.t() @ act
+        grad_down = grad_weight(grad, act)
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         _swiglu_backward(gate, up, grad_input(grad, w_down), grad_gate, grad_up)
-        grad_x = torch.addmm(grad_input(grad_up, w_up), grad_gate, w_gate)
-        return grad_x, grad_gate.t() @ x, grad_up.t() @ x, grad_down
+        grad_x = grad_input(grad_up, w_up).add_(grad_input(grad_gate, w_gate))
+        return grad_x, grad_weight(grad_gate, x), grad_weight(grad_up, x), grad_down
 
 
 class FastMLP(torch.nn.Module):
@@ -78,17 +78,18 @@ class ExpertsSwiGLU(torch.autograd.Function):
             gate, up = pre.chunk(2, dim=1)
             act = torch.nn.functional.silu(gate).mul_(up)
             out.index_add_(0, rows, linear(act, down[expert]).mul_(sorted_weights[first:end]))
-        ctx.save_for_backward(x, tokens, order, sorted_weights, gate_up, down)
-        ctx.counts, ctx.shape, ctx.kept = counts, chosen.shape, kept
+        # all through save_for_backward, so that recomputation can drop them
+        ctx.save_for_backward(x, tokens, order, sorted_weights, gate_up, down, *kept)
+        ctx.counts, ctx.shape = counts, chosen.shape
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, tokens, order, sorted_weights, gate_up, down = ctx.saved_tensors
+        x, tokens, order, sorted_weights, gate_up, down, *kept = ctx.saved_tensors
         grad_x = torch.zeros_like(x)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         grad_weights, end = sorted_weights.new_zeros(len(order)), 0
-        kept = iter(ctx.kept)
+        pres = iter(kept)
         for expert, count in enumerate(ctx.counts[: len(gate_up)]):
             if not count:
                 grad_gate_up[expert].zero_()
@@ -96,17 +97,17 @@ class ExpertsSwiGLU(torch.autograd.Function):
                 continue
             first, end = end, end + count
             rows, weight = tokens[first:end], sorted_weights[first:end]
-            pre = next(kept)
+            pre = next(pres)
             gate, up = pre.chunk(2, dim=1)
             grad_out = grad.index_select(0, rows)
             act = torch.nn.functional.silu(gate).mul_(up)
             # With y = down act: d weight = <grad, y> = <down^T grad, act>, so y need not be kept.
             grad_act = grad_input(grad_out, down[expert])
             grad_weights[first:end] = torch.linalg.vecdot(grad_act, act)
-            torch.mm(grad_out.t(), act.mul_(weight), out=grad_down[expert])
+            grad_down[expert] = grad_weight(grad_out, act.mul_(weight))
             grad_pre = torch.empty_like(pre)
             _swiglu_backward(gate, up, grad_act.mul_(weight), *grad_pre.chunk(2, dim=1))
-            torch.mm(grad_pre.t(), x.index_select(0, rows), out=grad_gate_up[expert])
+            grad_gate_up[expert] = grad_weight(grad_pre, x.index_select(0, rows))
             grad_x.index_add_(0, rows, grad_input(grad_pre, gate_up[expert]))
         scattered = torch.empty_like(grad_weights)
         scattered[order] = grad_weights

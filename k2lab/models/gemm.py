@@ -39,6 +39,11 @@ def grad_input(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     return grad_TO @ weight_OI
 
 
+def grad_weight(grad_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+    """dy^T x -> [O, I]."""
+    return grad_TO.t() @ x_TI
+
+
 class Linear(torch.autograd.Function):
     """x W^T with these products; x [..., I], W [O, I], no bias."""
 
@@ -52,8 +57,8 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_input(flat, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_weight = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+        grad_w = grad_weight(flat, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_w
 
 
 class FastLinear(torch.nn.Linear):

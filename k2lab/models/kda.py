@@ -40,9 +40,9 @@ def decay_gate(
     return -rate * F.softplus(z) if lower_bound is None else lower_bound * torch.sigmoid(rate * z)
 
 
-def unit(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """x / sqrt(|x|^2 + eps) over the last axis, as in the flash-linear-attention library."""
-    return x * torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) + eps)
+def unit(x: torch.Tensor, size: float = 1.0, eps: float = 1e-6) -> torch.Tensor:
+    """size x / sqrt(|x|^2 + eps) over the last axis, as in the flash-linear-attention library."""
+    return Unit.apply(x, size, eps)
 
 
 # ---------------------------------------------------------------- layout
@@ -78,35 +78,74 @@ class Chunks:
         return torch.minimum(rows, limit - 1).to(self.pack.device), (rows >= limit).to(self.pack.device)
 
     @cached_property
-    def rows(self) -> torch.Tensor:
-        """i64[M C] token of each place; padding repeats the document's last token."""
-        return self._places[0]
+    def _heads(self) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        return {}
 
-    @cached_property
-    def padding(self) -> torch.Tensor:
-        """i64[n] places that hold no token."""
-        return self._places[1].nonzero()[:, 0]
+    def rows(self, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For rows (token, head) of [T H, *] and places (chunk, head, position) of [M H C, *]: the row of each place i64[M H C]
+        (padding repeats the document's last token), the place of each row i64[T H], and the places that are padding i64[n]."""
+        if heads not in self._heads:
+            rows, padded = self._places
+            head = torch.arange(heads, device=self.pack.device)[None, :, None]
+            of_place = (rows.view(-1, 1, self.size) * heads + head).flatten()
+            blank = padded.view(-1, 1, self.size).expand(-1, heads, -1).flatten()
+            real = (~blank).nonzero()[:, 0]
+            of_row = torch.empty(self.pack.num_tokens * heads, dtype=torch.int64, device=self.pack.device)
+            of_row.index_copy_(0, of_place[real], real)
+            self._heads[heads] = (of_place, of_row, blank.nonzero()[:, 0])
+        return self._heads[heads]
 
-    @cached_property
-    def place_of(self) -> torch.Tensor:
-        """i64[T] the place of each token."""
-        places = (~self._places[1]).nonzero()[:, 0]
-        found = torch.empty(self.pack.num_tokens, dtype=torch.int64, device=self.pack.device)
-        return found.index_copy_(0, self.rows[places], places)
+
+class Place(torch.autograd.Function):
+    """Rows (token, head) [T H, *] put into chunks [M H C, *]. Padding must not influence any result, so it has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, of_place, of_row):
+        ctx.of_row = of_row
+        return x.index_select(0, of_place)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.of_row), None, None
+
+
+class Unplace(torch.autograd.Function):
+    """The inverse: results [M H C, *] of the chunks as rows [T H, *]; those of padding are dropped."""
+
+    @staticmethod
+    def forward(ctx, x, of_place, of_row, padding):
+        ctx.of_place, ctx.padding = of_place, padding
+        return x.index_select(0, of_row)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.of_place).index_fill_(0, ctx.padding, 0.0), None, None, None
+
+
+class Unit(torch.autograd.Function):
+    """size x / sqrt(|x|^2 + eps) over the last axis; see `unit`."""
+
+    @staticmethod
+    def forward(ctx, x, size, eps):
+        scale = torch.linalg.vecdot(x, x).unsqueeze(-1).add_(eps).rsqrt_().mul_(size)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        ctx.size = size
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-(ctx.size**2))
+        return torch.addcmul(grad, y, along).mul_(scale), None, None
 
 
 # ---------------------------------------------------------------- decayed products
 
 
-def _factored(x: torch.Tensor, k: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """sum_d x_id k_jd exp(G_id - G_jd) for j <= i, 0 elsewhere; [..., C, C]. The pivot is the chunk's middle."""
-    shifted = decay - decay[..., decay.shape[-2] // 2, None, :]
-    return ((x * shifted.exp()) @ (k * (-shifted).exp()).transpose(-1, -2)).tril()
-
-
 def _halved(x: torch.Tensor, k: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """The same for decays of any strength: pairs across the middle of a block are measured from its middle, both exponents <= 0;
-    pairs within a half are the halves' own problem."""
+    """sum_d x_id k_jd exp(G_id - G_jd) for j <= i, 0 elsewhere; [..., C, C]; for decays of any strength. Pairs across the
+    middle of a block are measured from its middle, both exponents <= 0; pairs within a half are the halves' own problem."""
     C = x.shape[-2]
     blocks = (x * k).sum(-1)[..., None, None]  # [..., C, 1, 1]: the diagonal
     size = 1
@@ -120,6 +159,28 @@ def _halved(x: torch.Tensor, k: torch.Tensor, decay: torch.Tensor) -> torch.Tens
         blocks = torch.cat([top, torch.cat([across, blocks[..., 1::2, :, :]], dim=-1)], dim=-2)
         size *= 2
     return blocks[..., 0, :, :]
+
+
+class Solve(torch.autograd.Function):
+    """(I + lower)^-1 sides for strictly lower triangular [..., C, C] and sides [..., C, n].
+
+    Through the explicit inverse, which the backward pass reuses: three products are faster than two more triangular solves. It is
+    tame, because the inverse is a product of contractions (I - b k k^T with |k| = 1 and 0 <= b <= 1).
+    """
+
+    @staticmethod
+    def forward(ctx, lower, sides):
+        eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower).contiguous()
+        inverse = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
+        solved = torch.matmul(inverse, sides)
+        ctx.save_for_backward(inverse, solved)
+        return solved
+
+    @staticmethod
+    def backward(ctx, grad):
+        inverse, solved = ctx.saved_tensors
+        grad_sides = torch.matmul(inverse.transpose(-1, -2), grad)
+        return torch.matmul(grad_sides, solved.transpose(-1, -2)).neg_(), grad_sides
 
 
 # ---------------------------------------------------------------- the scan over chunks
@@ -205,43 +266,78 @@ def chunk_kda(
     pack = pack if pack is not None else Pack.rows(B, T, key.device)
     assert pack.num_tokens == B * T, "a pack describes exactly the tokens that are there"
     layout = _layout(pack, chunk_size)
+    of_place, of_row, padding = layout.rows(H)
     wide = torch.promote_types(query.dtype, torch.float32)
 
-    def chunked(x: torch.Tensor) -> torch.Tensor:
-        places = x.flatten(0, 1).to(wide).index_select(0, layout.rows)
-        return places.view(-1, chunk_size, H, x.shape[-1]).transpose(1, 2).contiguous()
+    def chunked(x: torch.Tensor, width: int) -> torch.Tensor:
+        rows = Place.apply(x.reshape(-1, width).to(wide), of_place, of_row)
+        return rows.view(-1, H, chunk_size, width)
 
     # A padded place has beta = 0 and g = 0: it neither writes to the state nor lets it decay.
-    blank = torch.ones(len(layout.rows), 1, 1, dtype=wide, device=key.device).index_fill_(0, layout.padding, 0.0)
-    blank = blank.view(-1, 1, chunk_size, 1)
-    q, k, v = chunked(query), chunked(key), chunked(value)
-    if use_qk_l2norm_in_kernel:
-        q, k = unit(q), unit(k)
-    q = q * D**-0.5
-    b = chunked(beta[..., None]) * blank
-    gates = chunked(g) * blank
-    decay = gates.cumsum(-2)
-    products = _factored if _mild(decay.detach()) else _halved
-    if products is _halved:
-        # A sum of thousands has no digits left for the small gates after them; differences of fp64 sums do.
-        decay = gates.double().cumsum(-2)
-    last = decay[..., -1:, :]
-    among_keys, with_query = products(k, k, decay), products(q, k, decay)
-    grown = decay.exp().to(wide)
+    real = torch.ones(len(of_place), 1, dtype=wide, device=key.device).index_fill_(0, padding, 0.0)
+    real = real.view(-1, H, chunk_size, 1)
+    q, k, v = chunked(query, D), chunked(key, D), chunked(value, V)
+    q, k = (unit(q, D**-0.5), unit(k)) if use_qk_l2norm_in_kernel else (q * D**-0.5, k)
+    b, decay = chunked(beta, 1) * real, chunked(g, D) * real
+    parts = _decayed(q, k, decay)
     # (I + tril(b k k^T, -1)) [u | w] = b [v | k exp(G)]
-    sides = torch.cat([v, k * grown], dim=-1) * b
-    solved = torch.linalg.solve_triangular((among_keys * b).tril(-1), sides, upper=False, unitriangular=True)
-    u, w = solved.split([V, D], dim=-1)
+    sides = torch.cat([v, parts.grown_keys], dim=-1) * b
+    u, w = Solve.apply((parts.among_keys * b).tril(-1), sides).split([V, D], dim=-1)
     states = _initial_states(initial_state, layout, pack, (H, D, V), q)
-    left = k * (last - decay).exp().to(wide)  # keys as the chunk's end sees them
-    new_v, before, final = Scan.apply(u, w, left, grown[..., -1, :], states, layout.active)
-    out = torch.matmul(q * grown, before) + torch.matmul(with_query, new_v)
-    out = out.transpose(1, 2).reshape(-1, H, V).index_select(0, layout.place_of)
+    new_v, before, final = Scan.apply(u, w, parts.left_keys, parts.kept, states, layout.active)
+    out = torch.baddbmm(
+        torch.matmul(parts.grown_queries, before).flatten(0, 1), parts.with_query.flatten(0, 1), new_v.flatten(0, 1)
+    )
+    out = Unplace.apply(out.view(-1, V), of_place, of_row, padding)
     if output_final_state:
         back = torch.empty(len(layout.order), dtype=torch.int64)
         back[list(layout.order)] = torch.arange(len(layout.order))
         final = final.index_select(0, back.to(final.device))
     return out.view(B, T, H, V).to(query.dtype), final if output_final_state else None
+
+
+@dataclass
+class Decayed:
+    """What a chunk needs of its keys, queries and cumulated gates G (last position: L). among_keys, with_query [M, H, C, C]:
+    k_i k_j exp(G_i - G_j) and q_i k_j exp(G_i - G_j) for j <= i; grown_keys, grown_queries: times exp(G); left_keys: k exp(L - G)
+    (as the chunk's end sees them); kept [M, H, D]: exp(L)."""
+
+    among_keys: torch.Tensor
+    with_query: torch.Tensor
+    grown_keys: torch.Tensor
+    grown_queries: torch.Tensor
+    left_keys: torch.Tensor
+    kept: torch.Tensor
+
+
+def _decayed(q: torch.Tensor, k: torch.Tensor, gates: torch.Tensor) -> Decayed:
+    """The chunk's parts. Mild decays factor about the chunk's middle, two exponentials in all; strong ones are summed in fp64,
+    because a sum of thousands has no digits left for the small gates after them, and combined by halves."""
+    decay = gates.cumsum(-2)
+    if _mild(decay.detach()):
+        middle = decay[..., decay.shape[-2] // 2, None, :].detach()
+        shifted = decay - middle
+        growth = shifted.exp()
+        up_k, up_q, down_k = k * growth, q * growth, k / growth
+        down_kT, before = down_k.transpose(-1, -2), middle.exp()
+        return Decayed(
+            among_keys=torch.matmul(up_k, down_kT),
+            with_query=torch.matmul(up_q, down_kT).tril(),
+            grown_keys=up_k * before,
+            grown_queries=up_q * before,
+            left_keys=down_k * shifted[..., -1:, :].exp(),
+            kept=decay[..., -1, :].exp(),
+        )
+    wide, decay = k.dtype, gates.double().cumsum(-2)
+    growth, last = decay.exp().to(wide), decay[..., -1:, :]
+    return Decayed(
+        among_keys=_halved(k, k, decay),
+        with_query=_halved(q, k, decay),
+        grown_keys=k * growth,
+        grown_queries=q * growth,
+        left_keys=k * (last - decay).exp().to(wide),
+        kept=growth[..., -1, :],
+    )
 
 
 def _mild(decay: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from k2lab.models.gemm import grad_input, linear
+from k2lab.models.gemm import grad_input, grad_weight, linear
 
 
 def _pieces(rows: torch.Tensor, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -42,7 +42,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         nll_T = torch.zeros(len(targets_T), dtype=wide, device=hidden_TD.device)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = (torch.empty_like if dense else torch.zeros_like)(hidden_TD) if need_hidden else None
-        grad_weight = torch.zeros_like(weight_WD, dtype=wide) if need_weight else None
+        total_weight = torch.zeros_like(weight_WD, dtype=wide) if need_weight else None
         for part, chosen in _pieces(rows, chunk):
             where = part if dense else chosen
             hidden, targets, weights = hidden_TD[where], targets_T[where].unsqueeze(1), weight_T[where].to(wide).unsqueeze(1)
@@ -56,21 +56,18 @@ class LinearCrossEntropy(torch.autograd.Function):
             if need_hidden:
                 grad_hidden[where] = grad_input(grad, weight_WD)
             if need_weight:
-                if grad_weight.dtype == grad.dtype:
-                    grad_weight.addmm_(grad.t(), hidden)
-                else:
-                    grad_weight += grad.t() @ hidden
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                total_weight += grad_weight(grad, hidden)
+        ctx.save_for_backward(grad_hidden, total_weight)
         ctx.dtype = weight_WD.dtype
         ctx.mark_non_differentiable(nll_T)
         return (nll_T * weight_T).sum(), nll_T
 
     @staticmethod
     def backward(ctx, grad, _):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, total_weight = ctx.saved_tensors
         grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
-        grad_weight = None if grad_weight is None else (grad_weight * grad).to(ctx.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        total_weight = None if total_weight is None else (total_weight * grad).to(ctx.dtype)
+        return grad_hidden, total_weight, None, None, None
 
 
 def linear_cross_entropy(

@@ -41,17 +41,17 @@ class LatentAttention(torch.autograd.Function):
             torch.mul(_pairs(q_in[..., N:]), angles.unsqueeze(1), out=_pairs(q[..., N:]))
             k[..., N:] = torch.view_as_real(_pairs(k_rot_TR) * angles).flatten(-2).unsqueeze(1)
         out, kept = attend(q, k, kv[..., N:], scale, pack, stats, keep=any(ctx.needs_input_grad))
-        ctx.save_for_backward(q, k, kv_TX, angles)
-        ctx.kept, ctx.rest = kept, (heads, widths, scale, pack)
+        ctx.save_for_backward(q, k, kv_TX, angles, *kept)
+        ctx.rest = (heads, widths, scale, pack)
         return out.view(T, heads * V)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, kv_TX, angles = ctx.saved_tensors
+        q, k, kv_TX, angles, *kept = ctx.saved_tensors
         heads, (N, R, V), scale, pack = ctx.rest
         T = q.shape[0]
         kv, grad_kv = kv_TX.view(T, heads, N + V), kv_TX.new_empty(T, heads, N + V)
-        grad_q, grad_k = attend_backward(grad.reshape(T, heads, V), q, k, kv[..., N:], scale, pack, ctx.kept, grad_kv[..., N:])
+        grad_q, grad_k = attend_backward(grad.reshape(T, heads, V), q, k, kv[..., N:], scale, pack, kept, grad_kv[..., N:])
         grad_kv[..., :N] = grad_k[..., :N]
         grad_rot = grad_k[..., N:].sum(1)
         if angles is not None:

@@ -37,6 +37,44 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x.to(ctx.dtype), grad_weight, None
 
 
+class GatedRMSNormFunction(torch.autograd.Function):
+    """y = w x / sqrt(mean(x^2) + eps) sigmoid(gate), in fp32 or wider, returned in x's dtype. x and gate [..., D], w [D]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gate, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rows = x.to(wide)
+        size = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        unit, share = rows * scale, gate.to(wide).sigmoid()
+        ctx.save_for_backward(unit, scale, share, weight)
+        ctx.dtypes = x.dtype, gate.dtype
+        return (unit * weight.to(wide)).mul_(share).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        unit, scale, share, weight = ctx.saved_tensors
+        wide = weight.to(unit.dtype)
+        grad = grad.to(unit.dtype)
+        through = grad * share  # gradient of w unit
+        product = through * unit
+        grad_weight = product.flatten(0, -2).sum(0)
+        # d gate = grad w unit share (1 - share) = product w (1 - share)
+        grad_gate = torch.addcmul(product, product, share, value=-1).mul_(wide)
+        mean = (product @ wide).unsqueeze(-1).div_(-unit.shape[-1])
+        grad_x = torch.addcmul(through.mul_(wide), unit, mean).mul_(scale)
+        return grad_x.to(ctx.dtypes[0]), grad_weight.to(weight.dtype), grad_gate.to(ctx.dtypes[1]), None
+
+
+class FastGatedRMSNorm(torch.nn.Module):
+    """Mixed into Kimi Linear's gated RMSNorm by `swap`; on a GPU the class's own forward stays."""
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        if hidden_states.device.type != "cpu" or self.activation != "sigmoid":
+            return super().forward(hidden_states, gate)
+        return GatedRMSNormFunction.apply(hidden_states, self.weight, gate, self.variance_epsilon)
+
+
 class FastRMSNorm(torch.nn.Module):
     """Mixed into transformers' RMSNorm classes by `swap`; on a GPU the class's own forward stays."""
 

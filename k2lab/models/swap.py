@@ -13,12 +13,13 @@ from k2lab.models.delta import FastKDA
 from k2lab.models.experts import FastMLP
 from k2lab.models.gemm import FastLinear
 from k2lab.models.mla import FastMLA
-from k2lab.models.norm import FastRMSNorm
+from k2lab.models.norm import FastGatedRMSNorm, FastRMSNorm
 from k2lab.models.router import CountingRouter
 
 PARTS: dict[str, type[torch.nn.Module]] = {
     "DeepseekV3RMSNorm": FastRMSNorm,
     "KimiLinearRMSNorm": FastRMSNorm,
+    "KimiLinearRMSNormGated": FastGatedRMSNorm,
     "Qwen2RMSNorm": FastRMSNorm,
     "LlamaRMSNorm": FastRMSNorm,
     "DeepseekV3MLP": FastMLP,

@@ -43,7 +43,8 @@ class LocalSampler:
     decoded together. `eos_id` is the token (or tokens) that ends a turn: it always stops generation, with `StopReason.EOS`. If it
     is None, the first of a request's `stop_tokens` is taken as the turn's end. The token that stopped generation is part of the
     completion. `window` defaults to the config's `max_position_embeddings`. Set `policy_version` after a weight update.
-    `absorb` folds MLA's key and value expansion into the query and the output during decoding (same function, less work); no other thread may use the model meanwhile.
+    `absorb` folds MLA's key and value expansion into the query and the output during decoding (same function, less work); no
+    other thread may use the model meanwhile.
     """
 
     def __init__(

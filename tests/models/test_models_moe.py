@@ -12,7 +12,7 @@ from k2lab.core.rng import rng
 from k2lab.models import gemm
 from k2lab.models.experts import DenseSwiGLU, ExpertsSwiGLU
 from k2lab.models.gemm import Linear
-from k2lab.models.norm import RMSNormFunction
+from k2lab.models.norm import GatedRMSNormFunction, RMSNormFunction
 from k2lab.models.router import update_router_bias
 
 
@@ -63,6 +63,10 @@ def test_feed_forward_norm_and_linear_gradients() -> None:
     weight = draw(6, seed=4)
     torch.testing.assert_close(RMSNormFunction.apply(x, weight, 1e-6), F.rms_norm(x, (6,), weight, 1e-6))
     assert torch.autograd.gradcheck(lambda x, w: RMSNormFunction.apply(x, w, 1e-6), (x.unflatten(0, (1, 5)), weight))
+    gate_5 = draw(5, 6, seed=5)
+    expected = F.rms_norm(x, (6,), weight, 1e-6) * gate_5.sigmoid()
+    torch.testing.assert_close(GatedRMSNormFunction.apply(x, weight, gate_5, 1e-6), expected)
+    assert torch.autograd.gradcheck(lambda x, w, g: GatedRMSNormFunction.apply(x, w, g, 1e-6), (x, weight, gate_5))
     assert torch.autograd.gradcheck(Linear.apply, (x.unflatten(0, (1, 5)), gate))
 
 

@@ -62,10 +62,10 @@ def test_vocabulary_larger_than_the_models_is_refused_and_earlier_work_stays(tmp
 
 def test_sample_longer_than_the_limit_names_the_sample(tmp_path):
     recipe = write(tmp_path / "data")
-    row = {"instruction": "Say it", "output": "again and " * 400}
     with (tmp_path / "data" / "chats.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    arguments = ["run", str(recipe), "--quiet", "--run-dir", str(tmp_path / "run"), "stage.instructions.valid_share=0.01"]
+        for n in range(20):  # enough for some to fall into the training part
+            file.write(json.dumps({"instruction": f"Say it {n}", "output": "again and " * 400}) + "\n")
+    arguments = ["run", str(recipe), "--quiet", "--run-dir", str(tmp_path / "run")]
     done = k2(*arguments, check=False)
     refused(done, 2, "longer than seq_len = 192", "chats.jsonl", "over_length")
     before = weights_of(tmp_path / "run")
