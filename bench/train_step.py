@@ -5,6 +5,9 @@ The rival is transformers as it comes: sdpa attention, its default experts, docu
 loss. Both use torch.optim.AdamW(fused=True), so the difference is the model. Also printed: CPU seconds of the process per step,
 which a busy machine disturbs less than the clock. Our allocator setting stays on for both.
 
+On a machine that does other work too, set GOMP_SPINCOUNT=1000 as `k2` does: threads that spin at every barrier keep the cores
+from each other (measured beside one busy process: 19.8 s per step without, 1.5 s with it).
+
     python bench/train_step.py [--tokens 4096] [--rounds 5] [--threads 2] [--model tiny-k2] [--profile]
 """
 

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code."""
     top = parser()
     arguments, rest = top.parse_known_args(argv)
-    # argparse takes positionals only in one place; `k2 run tiny --quiet seed=2` should work as well as `k2 run tiny seed=2 --quiet`.
+    # argparse takes positionals in one place only; `k2 run tiny --quiet seed=2` should work like `k2 run tiny seed=2 --quiet`.
     if rest and hasattr(arguments, "overrides") and not any(text.startswith("-") for text in rest):
         arguments.overrides += rest
     elif rest:

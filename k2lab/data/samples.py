@@ -40,7 +40,7 @@ def chat_sample(tokens: Sequence[int], trained: Sequence[bool], key: str, source
 def valid_batches(
     samples: Any, seq_len: int, tokens_per_batch: int, limit: int, seed: int, stage: str, rank: int = 0, world: int = 1
 ) -> list[Batch]:
-    """Fixed validation batches of this rank: up to `limit` tokens of held-out samples in a seeded order, each token predicted once.
+    """Fixed validation batches of this rank: up to `limit` held-out tokens in a seeded order, each token predicted once.
 
     Batches are formed globally and dealt round-robin, so the sum over ranks doesn't depend on their number.
     """

@@ -14,8 +14,8 @@ _LARGEST = 32 << 20  # the largest threshold that glibc accepts
 def keep_memory() -> bool:
     """Tells glibc to keep freed tensors of up to 32 MiB for reuse; True if it did (Linux with glibc).
 
-    By default each activation is mapped afresh and unmapped when freed, and the kernel clears every page of it again: a fifth
-    of a small model's training step. The peak of resident memory stays what it was; memory in between is not given back.
+    By default many activations are mapped afresh and unmapped when freed, and the kernel clears their pages again. Keeping them
+    saves a third of the page faults and 1 to 5 % of a small model's training step (measured); peak memory stays what it was.
     """
     if not sys.platform.startswith("linux"):
         return False
