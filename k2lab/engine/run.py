@@ -48,7 +48,6 @@ class TrainRun:
     valid_every: int = 0
     early_stop: EarlyStop | None = None
     bias_rate: float = 0.0
-    bias_rule: str = "sign"
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
     forward_backward: Callable[..., tuple[dict[str, float], StepMetrics]] = forward_backward
@@ -176,7 +175,7 @@ class TrainRun:
         if self.bias_rate and metrics.expert_counts:
             from k2lab.models.router import update_router_bias
 
-            update_router_bias(model, metrics.expert_counts, rate=self.bias_rate, rule=self.bias_rule)
+            update_router_bias(model, metrics.expert_counts, rate=self.bias_rate)
 
     def _validate(self, step: int, model: Any, optim: Any, feed: Any, metrics: StepMetrics) -> None:
         due = self.valid_every and (self.done % self.valid_every == 0 or self.done == self.total_steps)

@@ -48,9 +48,8 @@ class Training(Stage):
     token_target: int | None = None
     epochs: float | None = None
     optim: Annotated[Any, Slot("optimizer")]
-    # Rate of the aux-loss-free router bias (0 = off) and its rule.
+    # Rate of the aux-loss-free router bias (0 = off): each step, bias += rate x sign(mean load - load), then centred.
     router_bias_rate: float = 1e-3
-    router_bias_rule: Literal["sign", "quantile"] = "sign"
     # Validate every so many steps (0 = never) on at most this many held-out tokens.
     valid_every: int = 50
     valid_tokens: int = 16384
@@ -178,7 +177,6 @@ def execute(
         if stage.early_stop
         else None,
         bias_rate=stage.router_bias_rate if model.routers() else 0.0,
-        bias_rule=stage.router_bias_rule,
         flops_per_token=model.flops_per_token(stage.seq_len),
         peak_flops=peak,
         objective=objective,

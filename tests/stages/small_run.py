@@ -74,7 +74,8 @@ def write(folder: Path, spec: str = "tiny-k2") -> Path:
     with (folder / "chats.jsonl").open("w", encoding="utf-8") as file:
         for i in range(80):
             word = WORDS[i % len(WORDS)]
-            print(json.dumps({"instruction": f"Say {word} {i}", "input": "", "output": f"{word} {i}"}), file=file)
+            row = {"instruction": f"Say {word} {i}", "output": f"{word} {i}", "source": "general_instructions"}
+            print(json.dumps(row), file=file)
     path = folder / "small.toml"
     path.write_text(RECIPE.format(folder=folder, spec=spec), encoding="utf-8")
     return path
