@@ -39,8 +39,8 @@ class Results:
     changes: list[dict[str, Any]] = field(default_factory=list)
     baselines: list[dict[str, Any]] = field(default_factory=list)
 
-    def add_model(self, name: str, *, stage: str, label: str) -> None:
-        """A model that was measured: `name` is unique, `label` what a reader sees."""
+    def add_model(self, name: str, *, stage: str | None, label: str) -> None:
+        """A model that was measured: `name` is unique, `stage` made it (None: none did), `label` what a reader sees."""
         if any(model["name"] == name for model in self.models):
             raise DataError("a model is added twice", got=name)
         self.models.append({"name": name, "stage": stage, "label": label, "metrics": [], "samples": []})

@@ -21,10 +21,9 @@ PRECISIONS = {"fp32": (4, 4, 0), "bf16": (2, 2, 4)}
 OPTIMIZERS = {"adamw": (8, 8), "muonclip": (4, 8), "muon": (4, 8)}
 OWN_OPTIMIZER = (8, 8)
 LOGITS_CHUNK = 1024  # positions per piece of the chunked loss (the `lm` objective's default)
-LOGITS_BYTES = {
-    "fp32": 8,
-    "bf16": 12,
-}  # per logit of a piece: logits and exponentials in fp32, in bf16 also both in the weights' type
+# Bytes per logit of a piece (one piece, more). Probabilities and gradients overwrite the fp32 logits; in bf16
+# either is in the weights' type, too; and the gradients of a piece live until the next piece's logits are there.
+LOGITS_BYTES = {"fp32": (4, 8), "bf16": (6, 8)}
 KDA_MEMORY_CHUNK = 32  # chunk length of our KDA
 PROBABILITY_BLOCK, PROBABILITY_LIMIT = 128, 256 << 20  # blocks of queries, and bytes per layer that the CPU attention keeps
 MUON_STACK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements that Newton-Schulz works on at once
@@ -113,45 +112,67 @@ def trainable_parameters(spec: ModelSpec) -> int:
 
 def activation_bytes(spec: ModelSpec, element: int = 4) -> dict[str, float]:
     """Bytes per token that autograd keeps for the backward pass with checkpointing off, by part of the model. `element` is the
-    size of the weights' type; what our modules keep in fp32 in any case is counted with 4 bytes (marked *). Packing changes
-    nothing here: a pack is one sequence of its length. Attention probabilities are a term of their own (`probability_bytes`).
+    size of the weights' type; what our modules keep in fp32 in any case is counted with 4 bytes (marked *). It follows our
+    kernels for packs on the CPU in fp32; in bf16, and on a GPU, where other kernels run, it is an estimate. Packing changes
+    nothing here (a pack is one sequence of its length), but that KDA pads every document to whole chunks of C = 32. Copies that
+    do not grow with tokens are left out, and attention probabilities are a term of their own (`probability_bytes`).
 
-    norm of width n            n* normalised, n output
-    MLA                        norm(D) + norm(Q) + norm(L) + 2 H (N+R) queries and keys + H (N+V) expanded + H V output
+    embedding                  8 token id
+    rotation                   2 d cosines and sines, once for all layers; only with ordinary attention
+    norm of width n            (n + 1)* normalised and scale, n output
+    MLA                        norm(D) + norm(Q) if queries are compressed + norm(L) + 2 H (N+R) queries and keys
+                               + H (N+V) expanded + H V output + R* rotation (none without positions)
     ordinary attention         norm(D) + 3 H d queries, keys and values (repeated to all heads) + H d output
-    KDA                        norm(D) + 2 d low-rank gates + 7 P projections, convolutions and output, P = heads x d channels
-                               + 27 P* SiLU, L2 norms, decay and chunk products + heads (3 C + d^2 / C + 5)*, C = 32
-    MLP of width n             3 n: gate, up, product; 4 n in dense models
-    experts                    norm(D) + K 2 F gate and up + shared MLP + 3 E* router
+    KDA                        norm(D) + 7 P inputs and sums of three convolutions, and output, P = heads x d channels
+                               + 2 d low-rank gates + heads rates
+                               + 17 P*: 2 decay gate, 2 unit queries and keys, 4 exponentials and what they multiply, 2 sides
+                               and 2 solutions of the triangular systems, 3 of the scan over chunks and its output, 2 gated norm
+                               + heads (3 C among a chunk's positions, d^2 / C states, 3 d / C decays of chunks, 5 scales)*
+    MLP of width n             norm(D) + 3 n: gate, up, product; 4 n in dense models, where silu(gate) is kept, too
+    experts                    norm(D) + 2 K F gate and up + 3 F per shared expert + router (`_router_bytes`)
     end                        norm(D) after the last layer
     """
     D, H = spec.hidden_size, spec.num_attention_heads
 
     def norm(width: int) -> float:
-        return width * (4 + element)
+        return 4 * (width + 1) + element * width
 
-    parts: dict[str, float] = {}
+    parts: dict[str, float] = {"embedding": 8}
     mla = len(spec.layers_of("mla"))
     if mla:
         wide = 2 * H * spec.qk_head_dim + H * (spec.qk_nope_head_dim + spec.v_head_dim) + H * spec.v_head_dim
-        parts["mla"] = mla * (norm(D) + norm(spec.q_lora_rank or 0) + norm(spec.kv_lora_rank) + element * wide)
+        latents = norm(spec.kv_lora_rank) + (norm(spec.q_lora_rank) if spec.q_lora_rank else 0)
+        parts["mla"] = mla * (norm(D) + latents + element * wide + (0 if spec.nope else 4 * spec.qk_rope_head_dim))
     full = len(spec.layers_of("attention"))
     if full:
+        parts["rotation"] = 2 * spec.head_dim * element
         parts["attention"] = full * (norm(D) + 4 * H * spec.head_dim * element)
     kda = len(spec.layers_of("kda"))
     if kda:
-        heads, d = spec.linear_num_heads, spec.linear_head_dim
-        inside = 27 * heads * d + heads * (3 * KDA_MEMORY_CHUNK + d * d / KDA_MEMORY_CHUNK + 5)
-        parts["kda"] = kda * (norm(D) + element * (2 * d + 7 * heads * d) + 4 * inside)
+        heads, d, C = spec.linear_num_heads, spec.linear_head_dim, KDA_MEMORY_CHUNK
+        inside = 17 * heads * d + heads * (3 * C + d * d / C + 3 * d / C + 5)
+        parts["kda"] = kda * (norm(D) + element * (7 * heads * d + 2 * d + heads) + 4 * inside)
     moe = len(spec.moe_layers())
     dense = spec.num_layers - moe
     if dense:
         parts["mlp"] = dense * (norm(D) + element * (4 if spec.family == "dense" else 3) * spec.intermediate_size)
     if moe:
         F, K = spec.moe_intermediate_size, spec.num_experts_per_tok
-        parts["experts"] = moe * (norm(D) + element * F * (2 * K + 3 * spec.n_shared_experts) + 12 * spec.n_routed_experts)
+        parts["experts"] = moe * (norm(D) + element * F * (2 * K + 3 * spec.n_shared_experts) + _router_bytes(spec, element))
     parts["end"] = norm(D)
     return parts
+
+
+def _router_bytes(spec: ModelSpec, element: int) -> float:
+    """Bytes per token that one router and the sorting of tokens by expert keep:
+
+    E* scores + K i64 chosen + 2 K i64 token and place in sorted order + K sorted weights + (K + 1)* weights and their sum where
+    these are normalised + D* the input in fp32 where it is not fp32 already
+    """
+    K = spec.num_experts_per_tok
+    normalised = 4 * (K + 1) if spec.norm_topk_prob else 0
+    copied = 4 * spec.hidden_size if element < 4 else 0
+    return 4 * spec.n_routed_experts + 3 * 8 * K + element * K + normalised + copied
 
 
 def probability_bytes(inp: PlanInput, spec: ModelSpec, machine: Machine) -> float:
@@ -239,7 +260,7 @@ def _passing_terms(inp: PlanInput, spec: ModelSpec, machine: Machine) -> list[Te
     if kept:
         text = "layers x rows x seq_len^2 / 2 x heads; less for shorter documents"
         terms.append(Term("probabilities", "attention probabilities", kept, text, "assumed"))
-    chunk, width = min(LOGITS_CHUNK, tokens), LOGITS_BYTES[inp.precision]
+    chunk, width = min(LOGITS_CHUNK, tokens), LOGITS_BYTES[inp.precision][tokens > LOGITS_CHUNK]
     logits = width * chunk * spec.vocab_size
     text = f"{width} B x {chunk:,} positions x {spec.vocab_size:,} (chunked loss)"
     terms.append(Term("logits", "logits chunk", logits, text, "assumed"))

@@ -103,7 +103,7 @@ class Evaluate(Stage):
             ctx.events.emit("progress", done=number, total=len(subjects), unit=f"models ({name})")
             model, tokenizer = self._load(ctx, artifact)
             results.add_model(
-                name, stage=name if artifact is not None else "", label=name if artifact is not None else "untrained"
+                name, stage=name if artifact is not None else None, label=name if artifact is not None else "untrained"
             )
             found = self._measure(ctx, model, tokenizer, untrained=artifact is None)
             measured[name] = found
