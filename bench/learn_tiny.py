@@ -23,19 +23,20 @@ import torch
 import transformers
 
 
+LOSSES = ("response_loss", "response_loss/docstring_qa", "response_loss/general")
+
+
 def figures(run_dir: Path) -> dict[str, float]:
     """The figures of one finished run."""
     results = json.loads(next(run_dir.glob("stages/evaluate-*/results.json")).read_text())
     metric = {(m["name"], x["metric"]): x["value"] for m in results["models"] for x in m["metrics"]}
     floor = {b["name"].split()[0]: b["value"] for b in results["baselines"] if b["metric"] == "bits_per_byte"}
-    before, after = metric["pretrain", "response_loss/docstring_qa"], metric["sft", "response_loss/docstring_qa"]
-    general = metric["pretrain", "response_loss/general"], metric["sft", "response_loss/general"]
+    drops = {part: 100 * (1 - metric["sft", part] / metric["pretrain", part]) for part in LOSSES}
     shapes = ("eos_rate", "non_empty", "no_other_special")
     return {
         "bpb": metric["pretrain", "bits_per_byte"],
         **floor,
-        "response drop %": 100 * (1 - after / before),
-        "general drop %": 100 * (1 - general[1] / general[0]),
+        **{f"{part.removeprefix('response_')} drop %": drop for part, drop in drops.items()},
         **{shape: 100 * metric["sft", f"docstring_names/{shape}"] for shape in shapes},
         "names object %": 100 * metric["sft", "docstring_names/avg@1"],
         "general exact %": 100 * metric["sft", "general_exact/avg@1"],

@@ -211,10 +211,13 @@ class Evaluate(Stage):
                 chat = Chat(rendered.tokens, rendered.trained, record["key"])
                 by_domain.setdefault(record.get("domain") or record["source"], []).append(chat)
         settings = f"teacher-forced, text tokens of answers in chats of at most {self.seq_len} tokens"
-        for domain, chats in sorted(by_domain.items()):
+        groups = sorted((f"response_loss/{domain}", chats) for domain, chats in by_domain.items())
+        if len(groups) > 1:
+            groups.append(("response_loss", [chat for _, chats in groups for chat in chats]))
+        for name, chats in groups:
             found = response_loss(model, chats, tokenizer.special.values(), self.seq_len, tokens_per_batch=self.batch_tokens)
             loss = _Measured(found.per_token(), "nats/token", "lower", settings, found.nats, found.tokens)
-            metrics[f"response_loss/{domain}"] = loss
+            metrics[name] = loss
 
     def _tasks(self, ctx: StageContext, model: Any, tokenizer: Any, metrics: dict[str, _Measured]) -> list[dict[str, str]]:
         from k2lab.eval import stats
