@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import transformers
 
-
 LOSSES = ("response_loss", "response_loss/docstring_qa", "response_loss/general")
 
 

@@ -16,7 +16,7 @@ from k2lab.core.errors import DataError
 from k2lab.core.types import Batch, Sample
 from k2lab.data.pack import pack, piece
 
-MIN_PIECE = 16  # a shorter remainder of a row is left empty rather than filled with a piece that has almost no context
+MIN_PIECE = 2  # rows are filled to the last token but one: equal lengths are faster, for kernels that are compiled per shape
 
 
 class Samples(Protocol):

@@ -2,6 +2,8 @@
 the BLAS behind `torch.mm` for the weight gradient dy^T x.
 
 On an AVX-512 EPYC core oneDNN reaches 100-115 GFLOP/s where MKL reaches 85-100 for these two products, and loses the third.
+oneDNN compiles and caches a kernel per shape, so it is used for regular numbers of rows only: with packs of ever new lengths and
+experts with ever new loads, compiling costs more than it gains, and the cache grows to gigabytes.
 Legend: `T` tokens, `I` in, `O` out.
 """
 
@@ -23,18 +25,23 @@ def _onednn_works() -> bool:
 
 
 ONEDNN = _onednn_works()
+ROWS = 128  # oneDNN takes products whose number of rows is a multiple of this
+
+
+def _regular(x: torch.Tensor) -> bool:
+    return ONEDNN and x.shape[0] % ROWS == 0 and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x W^T -> [T, O]."""
-    if ONEDNN and x_TI.dtype == torch.float32 and x_TI.device.type == "cpu":
+    if _regular(x_TI):
         return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, None, "none", [], "")
     return F.linear(x_TI, weight_OI)
 
 
 def grad_input(grad_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """dy W -> [T, I]."""
-    if ONEDNN and grad_TO.dtype == torch.float32 and grad_TO.device.type == "cpu":
+    if _regular(grad_TO):
         return torch.ops.mkldnn._linear_pointwise(grad_TO, weight_OI.t(), None, "none", [], "")
     return grad_TO @ weight_OI
 
