@@ -1,0 +1,1 @@
+"""Processes: device choice, process group and the few collectives that the loop needs; one process is the plain case."""
