@@ -282,7 +282,8 @@ def chunk_kda(
     parts = _decayed(q, k, decay)
     # (I + tril(b k k^T, -1)) [u | w] = b [v | k exp(G)]
     sides = torch.cat([v, parts.grown_keys], dim=-1) * b
-    u, w = Solve.apply((parts.among_keys * b).tril(-1), sides).split([V, D], dim=-1)
+    # Cut off the upper triangle before anything multiplies it: it may hold infinities, and the gradient of b would be 0 x inf.
+    u, w = Solve.apply(parts.among_keys.tril(-1) * b, sides).split([V, D], dim=-1)
     states = _initial_states(initial_state, layout, pack, (H, D, V), q)
     new_v, before, final = Scan.apply(u, w, parts.left_keys, parts.kept, states, layout.active)
     out = torch.baddbmm(
@@ -311,14 +312,15 @@ class Decayed:
 
 
 def _decayed(q: torch.Tensor, k: torch.Tensor, gates: torch.Tensor) -> Decayed:
-    """The chunk's parts. Mild decays factor about the chunk's middle, two exponentials in all; strong ones are summed in fp64,
+    """The chunk's parts. Mild decays factor about the chunk's middle; strong ones are summed in fp64,
     because a sum of thousands has no digits left for the small gates after them, and combined by halves."""
     decay = gates.cumsum(-2)
     if _mild(decay.detach()):
         middle = decay[..., decay.shape[-2] // 2, None, :].detach()
         shifted = decay - middle
-        growth = shifted.exp()
-        up_k, up_q, down_k = k * growth, q * growth, k / growth
+        # Two exponentials and no division: the derivative of 1 / growth squares it, and exp(2 SAFE) is beyond fp32.
+        growth, shrink = shifted.exp(), shifted.neg().exp()
+        up_k, up_q, down_k = k * growth, q * growth, k * shrink
         down_kT, before = down_k.transpose(-1, -2), middle.exp()
         return Decayed(
             among_keys=torch.matmul(up_k, down_kT),

@@ -121,3 +121,22 @@ def test_short_convolution_equals_transformers_on_each_document() -> None:
     for a, b in zip(torch.autograd.grad((ours**3).sum(), (x, weight)), torch.autograd.grad((theirs**3).sum(), (x, weight))):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     assert torch.autograd.gradcheck(lambda x, w: short_conv(x, w, pack), (x, weight))
+
+
+@pytest.mark.parametrize("rate", [-1.8, -2.6, -3.0, -4.5])
+def test_gradients_stay_exact_where_a_chunk_decays_by_its_limit(rate: float) -> None:
+    """Decays of -32 to -89 over half a chunk, on both sides of the limit between the two ways: values and gradients against the recurrence in fp64, nothing infinite."""
+    T, H, D = 64, 2, 16
+    draw = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(1, T, H, D, generator=draw, dtype=torch.float64) for _ in range(3)]
+    gates = rate * (0.5 + torch.rand(1, T, H, D, generator=draw, dtype=torch.float64))
+    beta = torch.rand(1, T, H, generator=draw, dtype=torch.float64)
+    found = {}
+    for name, function, dtype in (("ours", chunk_kda, torch.float32), ("exact", recurrent_kda, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (*inputs, gates, beta)]
+        out, _ = function(*leaves, use_qk_l2norm_in_kernel=True)
+        (out * torch.arange(D, dtype=dtype)).sum().backward()
+        found[name] = [out.detach(), *(leaf.grad for leaf in leaves)]
+    for ours, exact in zip(found["ours"], found["exact"], strict=True):
+        assert torch.isfinite(ours).all()
+        assert relative(ours.double(), exact) < 1e-5
