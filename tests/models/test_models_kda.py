@@ -125,7 +125,8 @@ def test_short_convolution_equals_transformers_on_each_document() -> None:
 
 @pytest.mark.parametrize("rate", [-1.8, -2.6, -3.0, -4.5])
 def test_gradients_stay_exact_where_a_chunk_decays_by_its_limit(rate: float) -> None:
-    """Decays of -32 to -89 over half a chunk, on both sides of the limit between the two ways: values and gradients against the recurrence in fp64, nothing infinite."""
+    """Decays of -32 to -89 over half a chunk, on both sides of the limit between the two ways of computing: values and gradients
+    against the recurrence in fp64, nothing infinite."""
     T, H, D = 64, 2, 16
     draw = torch.Generator().manual_seed(3)
     inputs = [torch.randn(1, T, H, D, generator=draw, dtype=torch.float64) for _ in range(3)]
