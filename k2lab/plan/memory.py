@@ -125,7 +125,7 @@ def activation_bytes(spec: ModelSpec, element: int = 4) -> dict[str, float]:
     ordinary attention         norm(D) + 3 H d queries, keys and values (repeated to all heads) + H d output
     KDA                        norm(D) + 7 P inputs and sums of three convolutions, and output, P = heads x d channels
                                + 2 d low-rank gates + heads rates
-                               + 17 P*: 2 decay gate, 2 unit queries and keys, 4 exponentials and what they multiply, 2 sides
+                               + 18 P*: 2 decay gate, 2 unit queries and keys, 5 exponentials and what they multiply, 2 sides
                                and 2 solutions of the triangular systems, 3 of the scan over chunks and its output, 2 gated norm
                                + heads (3 C among a chunk's positions, d^2 / C states, 3 d / C decays of chunks, 5 scales)*
     MLP of width n             norm(D) + 3 n: gate, up, product; 4 n in dense models, where silu(gate) is kept, too
@@ -150,7 +150,7 @@ def activation_bytes(spec: ModelSpec, element: int = 4) -> dict[str, float]:
     kda = len(spec.layers_of("kda"))
     if kda:
         heads, d, C = spec.linear_num_heads, spec.linear_head_dim, KDA_MEMORY_CHUNK
-        inside = 17 * heads * d + heads * (3 * C + d * d / C + 3 * d / C + 5)
+        inside = 18 * heads * d + heads * (3 * C + d * d / C + 3 * d / C + 5)
         parts["kda"] = kda * (norm(D) + element * (7 * heads * d + 2 * d + heads) + 4 * inside)
     moe = len(spec.moe_layers())
     dense = spec.num_layers - moe
