@@ -32,7 +32,10 @@ MODELS = ("tiny-k2", "tiny-linear")
 def key() -> str:
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    # Names such as "AMD EPYC" cover several generations; family, model and stepping tell them apart.
+    fields = dict(part.split(":", 1) for part in lines[:30] if ":" in part)
+    facts_of = {name.strip(): value.strip() for name, value in fields.items()}
+    cpu = " ".join(facts_of.get(name, "") for name in ("model name", "cpu family", "model", "stepping"))
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, 1 thread, {platform.machine()} {cpu}"
 
 
