@@ -387,10 +387,3 @@ def ignore_hangup() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-
-
-def measured(run_dir: Path) -> list[dict[str, Any]]:
-    """Step events of a finished run, for `k2 plan --measured`."""
-    from k2lab.core.events import read
-
-    return [event for event in read(run_dir / "events") if event["kind"] == "step"]

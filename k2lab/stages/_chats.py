@@ -11,17 +11,14 @@ from k2lab.core.types import Message
 def messages_of(record: dict[str, Any]) -> list[Message]:
     """The conversation of an instruction, chat or question-answer record. DataError for other records."""
     from k2lab.data.records import kind_of
+    from k2lab.gym.task import question_of
     from k2lab.text.chat import from_openai
 
     kind = kind_of(record)
     if kind == "chat":
         return from_openai(record["messages"])
     if kind == "instruction":
-        extra = record.get("input") or ""
-        return [
-            Message.text("user", record["instruction"] + (f"\n\n{extra}" if extra else "")),
-            Message.text("assistant", record["output"]),
-        ]
+        return [*question_of(record), Message.text("assistant", record["output"])]
     if kind == "qa":
         return [Message.text("user", record["question"]), Message.text("assistant", record["answer"])]
     raise DataError(
