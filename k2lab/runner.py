@@ -90,7 +90,10 @@ def model_table(model: Any) -> Any:
     """The recipe's model as the plain table of its spec: what the identity depends on."""
     from k2lab import specs
 
-    return specs.from_recipe(model).config() if model is not None else None
+    if model is None:
+        return None
+    spec = specs.from_recipe(model)
+    return {**spec.config(), "local_heads": list(spec.local_heads)}  # how it begins is no part of config.json
 
 
 def outside_identity(reference: str) -> str:

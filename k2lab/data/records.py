@@ -10,7 +10,8 @@ A record's *kind* is told by its keys:
     preference   {"prompt", "chosen", "rejected"}
     response     {"prompt", "response"}
 
-Optional tags: `source`, `domain`, `difficulty`, `license`, `module`, `group`. Every record that a source yields has a stable
+Optional tags: `source`, `domain`, `difficulty`, `license`, `module`, `group`, `split` ("train" or
+"valid": where the record goes, whatever its group). Every record that a source yields has a stable
 `key` (source name and path with line, or object name), which fixes its split, its place in the order and its randomness.
 """
 
@@ -84,6 +85,8 @@ def check_record(record: Any, where: str, kind: str = "") -> Record:
     for tag in ("key", "source", "domain", "license", "group", "module"):
         if record.get(tag) is not None and not isinstance(record[tag], str):
             raise DataError(f"the tag {tag!r} must be a text", where=where, got=record[tag])
+    if record.get("split") not in (None, "train", "valid"):
+        raise DataError("the tag 'split' says where the record goes", where=where, got=record["split"], allowed="train, valid")
     return record
 
 

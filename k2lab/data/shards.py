@@ -33,12 +33,15 @@ _REMAKE = "Make the data set again"
 
 
 def split_of(record: Record, valid_share: float, seed: int) -> str:
-    """ "train" or "valid", by the record's group (its `group`, else `module`, else `key`): groups are held out whole.
+    """ "train" or "valid": what the record's own `split` says, else by its group (its `group`, else `module`, else `key`):
+    groups are held out whole.
 
     A group's split depends on nothing but the seed, its name and the share; a larger share only adds groups to "valid".
     """
     if not 0.0 <= valid_share < 1.0:
         raise DataError("valid_share must be a share", got=valid_share, allowed="at least 0, under 1")
+    if record.get("split"):
+        return str(record["split"])
     return "valid" if derive(seed, "split", group_of(record)) < valid_share * 2.0**128 else "train"
 
 

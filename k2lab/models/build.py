@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from k2lab.core.artifacts import disk_errors, write_json
 from k2lab.core.errors import CheckpointError, RecipeError
 from k2lab.core.rng import rng
-from k2lab.models import cpu, export
+from k2lab.models import cpu, export, local_heads
 from k2lab.models.wrap import ALWAYS_FP32, TrainModel
 from k2lab.specs import ModelSpec
 
@@ -83,6 +83,8 @@ def from_spec(spec: ModelSpec, seed: int, dtype: torch.dtype = torch.float32, de
     hf.tie_weights()
     for name, tensor in hf.named_parameters():
         _fill(tensor, name, seed, spec.initializer_range)
+        if spec.local_heads:
+            local_heads.begin(tensor, name, seed, spec)
     _fill_buffers(hf, spec)
     return TrainModel(hf, spec).to(dtype=dtype)
 

@@ -38,6 +38,7 @@ def check(spec: ModelSpec) -> None:
     if spec.layers_of("kda"):
         for name in ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim"):
             _at_least(spec, name, 1)
+    _check_local_heads(spec)
     _check_tokens(spec)
 
 
@@ -72,6 +73,15 @@ def _check_positions(spec: ModelSpec) -> None:
         raise _wrong("rope", spec.rope, 'a table with `type`, for example "yarn"')
     if not isinstance(factor, (int, float)) or factor < 1:
         raise _wrong("rope.factor", factor, "a number of at least 1")
+
+
+def _check_local_heads(spec: ModelSpec) -> None:
+    if not spec.local_heads:
+        return
+    if spec.family != "kimi_k2":
+        raise _wrong("local_heads", spec.local_heads, "none, except in family kimi_k2")
+    if len(spec.local_heads) > spec.num_attention_heads or min(spec.local_heads) < 1:
+        raise _wrong("local_heads", spec.local_heads, f"at most {spec.num_attention_heads} distances (one a head) of 1 or more")
 
 
 def _check_dense(spec: ModelSpec) -> None:

@@ -86,6 +86,9 @@ class ModelSpec:
     tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    # A fresh model's first heads of layer 0 begin by looking this many tokens back, e.g. (1, 2); () = no head does. See
+    # `models/local_heads.py`. Of no meaning once there are weights, so config.json does not hold it.
+    local_heads: tuple[int, ...] = field(default=(), compare=False)
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None

@@ -12,7 +12,7 @@ from k2lab.specs.spec import ModelSpec
 # All tunable numbers of both models in one place.
 WIDTHS: dict[str, Any] = {
     "hidden_size": 256,
-    "vocab_size": 2048,
+    "vocab_size": 1536,
     "intermediate_size": 512,  # layer 0
     "moe_intermediate_size": 128,
     "first_k_dense_replace": 1,
@@ -22,7 +22,6 @@ WIDTHS: dict[str, Any] = {
     # Top-2 weights of sigmoid scores sum to 1 and are nearly equal at the start, so the routed sum has variance 2 x (1/2)^2 = 1/2
     # of one expert's; sqrt(2) restores it to the shared expert's. (Kimi K2's 2.827 is sqrt(8) for its top-8 by the same rule.)
     "routed_scaling_factor": 1.414,
-    "num_attention_heads": 2,
     "kv_lora_rank": 256,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
@@ -35,16 +34,24 @@ WIDTHS: dict[str, Any] = {
 _TINY_K2 = ModelSpec(
     name="tiny-k2",
     family="kimi_k2",
-    num_layers=3,
+    # Four heads: with two, names whose parts repeat are confused (70-80 % against 91 % copied, mean of three seeds).
+    num_attention_heads=4,
+    # Two layers are what a head that looks back and one that copies need. At equal time they beat three on text (1.99 against
+    # 2.10 bits per byte) and on naming the asked object.
+    num_layers=2,
     q_lora_rank=128,
     rope_theta=50000.0,
     rms_norm_eps=1e-6,
+    # Heads that know their neighbours from the start: induction (copying what followed a token before) forms in a third of the
+    # tokens, and text is predicted better, too (docs/log.md).
+    local_heads=(1, 2, 3, 4),
     **WIDTHS,
 )
 
 _TINY_LINEAR = ModelSpec(
     name="tiny-linear",
     family="kimi_linear",
+    num_attention_heads=2,
     num_layers=4,
     layer_types=("kda", "kda", "kda", "mla"),
     linear_num_heads=4,

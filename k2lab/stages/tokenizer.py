@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +19,8 @@ class Tokenizer(Stage):
 
     # The data set whose training part the vocabulary is learnt from.
     corpus: Dataset | None = None
+    # Data sets of instructions or chats to learn from, too, role names included: their words become whole tokens.
+    chats: list[Dataset] = field(default_factory=tuple)  # type: ignore[assignment]
     # Size including special tokens; must be the model's vocabulary.
     vocab_size: int = 2048
     # Special tokens at the end of the vocabulary, in Kimi K2's order.
@@ -28,6 +31,8 @@ class Tokenizer(Stage):
     def check(self, where: str) -> None:
         if (self.corpus is None) == (self.path is None):
             raise RecipeError("give either `corpus` (train one) or `path` (take one over)", where=where)
+        if self.path is not None and self.chats:
+            raise RecipeError("a tokenizer that is taken over learns from nothing: leave `chats` out", where=f"{where}.chats")
         if self.path is None and self.vocab_size < 256 + self.num_special:
             raise RecipeError(
                 "too small: all 256 bytes and the special tokens must fit",
@@ -47,8 +52,6 @@ class Tokenizer(Stage):
         return "".join(file_sha256(file) for file in files if file.is_file())
 
     def run(self, ctx: StageContext) -> None:
-        from k2lab.data import shards
-        from k2lab.data.records import text_of
         from k2lab.text import tokenizer as text_tokenizer
 
         if self.path is not None:
@@ -62,12 +65,25 @@ class Tokenizer(Stage):
             made = text_tokenizer.load(Path(self.path))
         else:
             ctx.events.emit("progress", done=0, total=1, unit="vocabulary")
-            texts = (text_of(record) for record in shards.read_records(ctx.parent("corpus").path, "train"))
-            made = text_tokenizer.train_bpe(texts, self.vocab_size, self.num_special)
+            made = text_tokenizer.train_bpe(self._texts(ctx), self.vocab_size, self.num_special)
         made.save(ctx.work)
         ctx.facts["vocab_size"] = made.vocab_size
         ctx.facts["fingerprint"] = made.fingerprint()
         ctx.events.emit("progress", done=1, total=1, unit="vocabulary")
+
+    @staticmethod
+    def _texts(ctx: StageContext) -> Iterator[str]:
+        from k2lab.data import shards
+        from k2lab.data.records import text_of
+        from k2lab.stages._chats import messages_of
+
+        for record in shards.read_records(ctx.parent("corpus").path, "train"):
+            yield text_of(record)
+        for parent in ctx.parents.get("chats", []):
+            for record in shards.read_records(parent.path, "train"):
+                for message in messages_of(record):
+                    yield message.role
+                    yield message.content
 
     @staticmethod
     def examples() -> list[Tokenizer]:

@@ -264,3 +264,23 @@ def test_general_settings_are_checked():
     with pytest.raises(RecipeError, match="positive"):
         records("general_instructions", count=0)
     assert _general.TASKS["arithmetic"](rng(0, "a")) == _general.TASKS["arithmetic"](rng(0, "a"))
+
+
+def test_made_up_names_are_copied_and_exist_nowhere():
+    found = records("made_up_names", count=200)
+    known = {each.name for each in _stdlib.collect()}
+    for record in found:
+        assert check_record(record, "here", "instruction") and record["split"] == "train"
+        assert record["output"] == f"`{record['object']}`" and f"`{record['object']}`" in record["instruction"]
+        assert 1 <= len(record["object"].split(".")) <= 3
+    assert len({record["object"] for record in found} - known) > 190
+    assert found == records("made_up_names", count=200)
+    assert found[:50] == records("made_up_names", count=50)
+
+
+def test_made_up_names_settings():
+    assert all("split" not in record for record in records("made_up_names", count=5, split="any"))
+    assert {len(r["object"].split(".")) for r in records("made_up_names", count=30, parts=(2, 2))} == {2}
+    for bad in ({"count": 0}, {"parts": (3, 1)}, {"parts": (1,)}, {"repeat": 1.0}):
+        with pytest.raises(RecipeError):
+            records("made_up_names", **bad)

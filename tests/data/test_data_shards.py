@@ -278,3 +278,8 @@ def test_split_depends_on_group_and_seed_only_and_grows_with_the_share():
     assert not [g for g in groups if shards.split_of(g, 0.0, 0) == "valid"]
     with pytest.raises(DataError, match="valid_share"):
         shards.split_of(groups[0], 1.0, 0)
+
+
+def test_a_record_may_name_its_own_split():
+    records = [{"key": str(i), "split": split} for i in range(50) for split in ("train", "valid")]
+    assert [shards.split_of(record, 0.1, 0) for record in records] == ["train", "valid"] * 50

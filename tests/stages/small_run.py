@@ -61,6 +61,18 @@ valid_tokens = 512
 checkpoint_every = 2
 """
 
+EVALUATE = """
+[[stage]]
+type = "evaluate"
+models = ["pretrain", "sft"]
+tokens = "tokenize"
+instructions = "instructions"
+tasks = [{ type = "general_exact", limit = 6, max_tokens = 6 }]
+prompts = ["Say model 3"]
+max_tokens = 6
+seq_len = 192
+"""
+
 
 def write(folder: Path, spec: str = "tiny-k2") -> Path:
     """Writes data and recipe into `folder`; the recipe's path."""

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_run import environment, k2, weights_of, write
+from small_run import EVALUATE, environment, k2, weights_of, write
 
 from k2lab.core.events import read
 from k2lab.core.rng import rng
@@ -38,12 +38,13 @@ def wait_for(run_dir: Path, stage: str, step: int, process: subprocess.Popen) ->
 @pytest.mark.parametrize("spec", ["tiny-k2", "tiny-linear"])
 def test_killed_and_resumed_equals_never_interrupted(spec, tmp_path):
     recipe = write(tmp_path / "data", spec)
+    recipe.write_text(recipe.read_text() + EVALUATE)
     k2("run", str(recipe), "--run-dir", str(tmp_path / "whole"), "--quiet")
     expected = weights_of(tmp_path / "whole")
     assert any(name.endswith("model.safetensors") for name in expected)
     draw = rng(int(time.time()), "kills")  # other moments in every run of the suite; the figure is printed on failure
     moments = [("instructions", 0), ("corpus", 0), ("tokenizer", 0), ("tokenize", 0)]
-    moments += [("pretrain", int(draw.integers(0, 12))), ("pretrain", 11), ("sft", int(draw.integers(0, 8)))]
+    moments += [("pretrain", int(draw.integers(0, 12))), ("pretrain", 11), ("sft", int(draw.integers(0, 8))), ("evaluate", 0)]
     kills = 0
     for stage, step in moments:
         process = start(recipe, tmp_path / "killed")
@@ -51,7 +52,7 @@ def test_killed_and_resumed_equals_never_interrupted(spec, tmp_path):
         time.sleep(float(draw.random()) * 0.15)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-    assert kills >= 4
+    assert kills >= 5
     k2("run", str(recipe), "--run-dir", str(tmp_path / "killed"), "--quiet")
     assert weights_of(tmp_path / "killed") == expected, f"killed at {moments}"
     whole, killed = ([e for e in read(tmp_path / d / "events") if e["kind"] == "step"] for d in ("whole", "killed"))

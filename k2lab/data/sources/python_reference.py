@@ -6,6 +6,7 @@ Licence PSF-2.0. About 0.5 MB in 80 topics. No network, no files of yours.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class PythonReference:
 
     def records(self) -> Iterator[Record]:
         """Text records in order of topic; the key names the topic. Raises MachineError if this Python has no topics."""
-        for topic, text in sorted(_topics().items()):
+        for topic, text in sorted(topics().items()):
             key = f"python_reference:{topic}"
             yield {
                 "key": key,
@@ -41,7 +42,7 @@ class PythonReference:
     def fingerprint(self) -> str:
         """sha256 hex over all topics."""
         digest = hashlib.sha256(repr(self).encode())
-        for topic, text in sorted(_topics().items()):
+        for topic, text in sorted(topics().items()):
             digest.update(f"{topic}\0{text}\0".encode())
         return digest.hexdigest()
 
@@ -50,13 +51,14 @@ class PythonReference:
         return [PythonReference()]
 
 
-def _topics() -> dict[str, str]:
+def topics() -> dict[str, str]:
+    """Text by topic. Raises MachineError if this Python comes without them."""
     try:
-        from pydoc_data.topics import topics
+        carried = importlib.import_module("pydoc_data.topics")
     except ImportError:
         raise MachineError(
             "this Python comes without its help topics (pydoc_data)",
             where=sys.prefix,
             next="Install the full standard library, or use another source (jsonl, text_folder)",
         ) from None
-    return topics
+    return carried.topics
