@@ -7,8 +7,8 @@ these are initial values, trained like all others. A form of mimetic initializat
 
 With x the normalised input, x . u-hat = sqrt(D / 2). Shared key part: k_i = KEY on the real axis of each rotary pair i whose
 angle per token f_i is at least SLOWEST; query of head h: q_i = exp(-i f_i distance_h) times what makes one pair's logit PAIR at
-its peak. Rotated by their places, their score is PAIR x sum_i cos(f_i (distance - distance_h)). Slower pairs are left out: they would
-only add a constant to all distances. (YaRN leaves quick pairs nearly as they are, so they are taken unscaled there, too.)
+its peak. Rotated by their places, their score is PAIR x sum_i cos(f_i (distance - distance_h)). Slower pairs are left out: they
+would only add a constant to all distances. (YaRN leaves quick pairs nearly as they are, so they are taken unscaled there, too.)
 
 Legend: `D` hidden width, `Q` query rank, `N` no-position width, `R` rotary width, `H` heads.
 """

@@ -36,7 +36,8 @@ def run_ranks(name: str, world: int, out: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ["tiny-k2", "tiny-linear"])
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+# fp32: 4e-6 on one processor, 1.1e-5 on another; the strict half is fp64.
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 def test_micro_batches_of_one_row_give_the_gradients_of_one_of_four(name, dtype, bound):
     seen = []
     for rows in (4, 1):
