@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from small_run import EVALUATE, k2, write
@@ -73,19 +72,6 @@ def test_model_directory_is_whole_and_evaluates_by_itself(finished, tmp_path):
     assert [model["name"] for model in results["models"]] == ["sft"]
     assert any(sample["prompt"] == "Say experts 1" for sample in results["models"][0]["samples"])
     assert (run_dir / "recipe.resolved.toml").read_bytes() == before  # evaluating leaves somebody's run as it was
-
-
-@pytest.mark.slow
-def test_bare_model_directory_is_measured_on_the_shipped_data(finished, tmp_path):
-    run_dir, _ = finished
-    model = tmp_path / "model"
-    shutil.copytree(stage_of(run_dir, "sft"), model)
-    (model / "manifest.json").unlink()
-    arguments = ["stage.evaluate.tasks=[{type='docstring_names',limit=4}]", "max_tokens=4", "prompts=[]", "--json"]
-    results = json.loads(k2("eval", str(model), *arguments, "--run-dir", str(tmp_path / "out")).stdout)
-    metrics = {metric["metric"]: metric["value"] for metric in results["models"][0]["metrics"]}
-    assert metrics["bits_per_byte"] > 1 and metrics["response_loss/docstring_qa"] > 1
-    assert 0 <= metrics["docstring_names/avg@1"] <= 1
 
 
 def test_folder_without_a_model_is_refused(tmp_path):
