@@ -10,9 +10,9 @@ A record's *kind* is told by its keys:
     preference   {"prompt", "chosen", "rejected"}
     response     {"prompt", "response"}
 
-Optional tags: `source`, `domain`, `difficulty`, `license`, `module`, `group`, `split` ("train" or
-"valid": where the record goes, whatever its group). Every record that a source yields has a stable
-`key` (source name and path with line, or object name), which fixes its split, its place in the order and its randomness.
+Optional tags: `source`, `domain`, `difficulty`, `license`, `module`, `group`, `split` ("train" or "valid": where
+the record goes, whatever its group). Every record that a source yields has a stable `key` (source name and path with line, or
+object name), which fixes its split, its place in the order and its randomness.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _TINY_K2 = ModelSpec(
     q_lora_rank=128,
     rope_theta=50000.0,
     rms_norm_eps=1e-6,
-    # Heads that know their neighbours from the start: induction (copying what followed a token before) forms in a third of the
+    # Heads that know their neighbours from the start: induction (copying what followed a token before) forms in half of the
     # tokens, and text is predicted better, too (docs/log.md).
     local_heads=(1, 2, 3, 4),
     **WIDTHS,

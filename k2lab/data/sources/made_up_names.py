@@ -6,7 +6,6 @@ but looking back at the question: the ability (induction) with which it later na
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from k2lab.core.errors import RecipeError
 from k2lab.core.rng import rng
 from k2lab.data.records import Record
-from k2lab.data.sources.python_reference import topics
+from k2lab.data.sources.python_reference import topics, topics_fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,10 +84,7 @@ class MadeUpNames:
 
     def fingerprint(self) -> str:
         """sha256 hex over the settings and the words' text."""
-        digest = hashlib.sha256(repr(self).encode())
-        for topic, text in sorted(topics().items()):
-            digest.update(f"{topic}\0{text}\0".encode())
-        return digest.hexdigest()
+        return topics_fingerprint(self)
 
     @staticmethod
     def examples() -> list[MadeUpNames]:

@@ -41,10 +41,7 @@ class PythonReference:
 
     def fingerprint(self) -> str:
         """sha256 hex over all topics."""
-        digest = hashlib.sha256(repr(self).encode())
-        for topic, text in sorted(topics().items()):
-            digest.update(f"{topic}\0{text}\0".encode())
-        return digest.hexdigest()
+        return topics_fingerprint(self)
 
     @staticmethod
     def examples() -> list[PythonReference]:
@@ -62,3 +59,11 @@ def topics() -> dict[str, str]:
             next="Install the full standard library, or use another source (jsonl, text_folder)",
         ) from None
     return carried.topics
+
+
+def topics_fingerprint(source: object) -> str:
+    """sha256 hex over the settings of a source that is made of the topics, and over all topics."""
+    digest = hashlib.sha256(repr(source).encode())
+    for topic, text in sorted(topics().items()):
+        digest.update(f"{topic}\0{text}\0".encode())
+    return digest.hexdigest()
