@@ -37,7 +37,7 @@ _TINY_K2 = ModelSpec(
     # Four heads: with two, names whose parts repeat are confused (70-80 % against 91 % copied, mean of three seeds).
     num_attention_heads=4,
     # Two layers are what a head that looks back and one that copies need. At equal time they beat three on text (1.99 against
-    # 2.10 bits per byte) and on naming the asked object.
+    # 2.10 bits per byte).
     num_layers=2,
     q_lora_rank=128,
     rope_theta=50000.0,
