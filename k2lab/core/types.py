@@ -123,6 +123,8 @@ class Batch:
     sources: tuple[str, ...] = ()
     streams_T: dict[str, Any] = field(default_factory=dict)
     num_tokens: int = 0  # positions with weight != 0
+    pair_S: Any = None  # i64[S]: the pair that a sample belongs to, -1 for none
+    sign_S: Any = None  # f32[S]: +1 chosen, -1 rejected, 0 for none
 
 
 class Feed(Protocol):
@@ -169,23 +171,70 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class SampleParams:
-    """Decoding settings. `temperature` 0 = greedy. `seed` and the request's key fix every draw."""
+    """Decoding settings. `temperature` 0 = greedy. `seed` and the request's key fix every draw. With `top_k_logprobs` > 0 a
+    completion also tells the most probable tokens at each of its positions."""
 
     max_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
     seed: int = 0
+    top_k_logprobs: int = 0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Tokens that a sampler produced, with their log-probabilities under the untempered distribution."""
+    """Tokens that a sampler produced, with their log-probabilities under the untempered distribution. `top` holds, per token,
+    the ids and log-probabilities of the most probable tokens there, most probable first; empty unless asked for."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     stop: StopReason
     policy_version: int = 0
+    top: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a model did with one task: the whole conversation as tokens, as they were produced, never rendered again.
+
+    `tokens` i32[T] prompt, the model's tokens and tool results in order; `weight` f32[T] is 1 on tokens that the model
+    produced; `logprobs` f32[T] their log-probabilities when they were drawn (0 elsewhere). `rewards` by name and their product
+    `reward`; `stop` of the last turn; `policy_version` (first, last) over the turns; `usage` and `timings` {name: number};
+    `error` says why a reward or a tool could not judge or serve (then `reward` is 0 and RL leaves the rollout out).
+    """
+
+    task: str
+    index: int
+    messages: tuple[Message, ...]
+    tokens: np.ndarray
+    weight: np.ndarray
+    logprobs: np.ndarray
+    rewards: dict[str, float]
+    reward: float
+    stop: StopReason
+    policy_version: tuple[int, int] = (0, 0)
+    usage: dict[str, int] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+    response: str = ""  # decoded text of the model's last turn, special tokens included
+
+    @property
+    def key(self) -> str:
+        """Stable identity: task and index."""
+        return f"{self.task}#{self.index}"
+
+    def samples(self, **streams: np.ndarray) -> list[Sample]:
+        """The rollout as training data: one sample with the stream `logprobs` and those given (f32[T])."""
+        return [Sample(tokens=self.tokens, weight=self.weight, key=self.key, streams={"logprobs": self.logprobs, **streams})]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rollouts of one task under one policy."""
+
+    task: str
+    rollouts: tuple[Rollout, ...]
 
 
 # ---------------------------------------------------------------- planning
