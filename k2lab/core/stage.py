@@ -88,6 +88,9 @@ class Stage:
     def check(self, where: str) -> None:
         """Raises RecipeError for values that contradict each other; called before anything runs."""
 
+    def check_ranks(self, where: str, world: int) -> None:
+        """Raises RecipeError if the stage can't be split over `world` processes; called before anything runs."""
+
 
 def parent_fields(cls: type) -> dict[str, Parent]:
     """Fields of a stage class that name parents, with the artifact kind asked for."""
