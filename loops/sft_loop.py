@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 IGNORED = -100  # label of a token that is context only
 MODULES = ("shutil", "math", "json", "os.path", "statistics", "textwrap", "itertools", "random", "string", "collections")
@@ -29,11 +29,18 @@ MODULES = ("shutil", "math", "json", "os.path", "statistics", "textwrap", "itert
 
 
 def load_model(folder: Path):
-    """A model directory; Kimi K2's own config.json says `kimi_k2`, which transformers does not know."""
+    """A model directory. Kimi K2's own config.json says `kimi_k2`, which transformers does not know; the name must go, since
+    transformers looks up by it how the experts' tensors are stacked, and otherwise makes new experts with a mere warning."""
     config = json.loads((folder / "config.json").read_text())
     if config.get("model_type") == "kimi_k2":
-        return DeepseekV3ForCausalLM.from_pretrained(folder, config=DeepseekV3Config.from_dict(config), dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        del config["model_type"]
+        config, kind = DeepseekV3Config.from_dict(config), DeepseekV3ForCausalLM
+    else:
+        config, kind = AutoConfig.from_pretrained(folder), AutoModelForCausalLM
+    model, info = kind.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise SystemExit(f"{folder} lacks {sorted(info['missing_keys'])[:3]}")
+    return model
 
 
 def questions() -> list[dict]:
@@ -92,7 +99,7 @@ def response_loss(model, samples: list, pad: int) -> float:
     total, count = 0.0, 0
     for start in range(0, len(samples), 16):
         tokens, labels, mask = collate(samples[start : start + 16], pad)
-        total += float(loss_sum(model, tokens, labels, mask))
+        total += loss_sum(model, tokens, labels, mask).item()
         count += int((labels[:, 1:] != IGNORED).sum())
     return total / max(1, count)
 
@@ -151,7 +158,7 @@ def main() -> None:
         for start in range(0, args.batch, args.micro):
             loss = loss_sum(model, *collate(chosen[start : start + args.micro], pad))
             (loss / count).backward()
-            total += float(loss)
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 10, 2 * (args.steps - step) / args.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from small_run import EVALUATE, k2, write
@@ -72,6 +73,17 @@ def test_model_directory_is_whole_and_evaluates_by_itself(finished, tmp_path):
     assert [model["name"] for model in results["models"]] == ["sft"]
     assert any(sample["prompt"] == "Say experts 1" for sample in results["models"][0]["samples"])
     assert (run_dir / "recipe.resolved.toml").read_bytes() == before  # evaluating leaves somebody's run as it was
+
+
+def test_bare_model_directory_is_measured_on_shipped_text(finished, tmp_path):
+    run_dir, _ = finished
+    bare = shutil.copytree(stage_of(run_dir, "sft"), tmp_path / "model")
+    (bare / "manifest.json").unlink()  # somebody's model, not an artifact of ours
+    results = json.loads(k2("eval", str(bare), "--json", "tasks=[]", "max_tokens=4", cwd=tmp_path).stdout)
+    (model,) = results["models"]
+    found = {metric["metric"]: metric["value"] for metric in model["metrics"]}
+    assert 0.5 < found["bits_per_byte/reference"] < 9 and found["response_loss/docstring_qa"] > 0
+    assert {baseline["metric"] for baseline in results["baselines"]} >= {"bits_per_byte/docstrings"}
 
 
 def test_folder_without_a_model_is_refused(tmp_path):
