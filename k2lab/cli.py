@@ -18,6 +18,7 @@ examples:
   k2 run my.toml --dry-run                     what would be reused, resumed and made
   k2 plan k2/continual_pretrain --machine p5.48xlarge
   k2 eval runs/tiny/sft --prompts-jsonl prompts.jsonl
+  k2 chat runs/tiny --tools python             talk to the model, which may run Python in a sandbox
   k2 list sources                              what can stand in a recipe
 """
 
@@ -83,6 +84,27 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument(
         "what", nargs="?", default="all", help="recipes, specs, machines, or a slot kind such as stages or filters"
     )
+
+    chat = verb("chat", "talk to a model; tool calls and their results are shown")
+    chat.add_argument("model", help="RUN (its last trained model), RUN/STAGE, a stage's directory or a model directory")
+    chat.add_argument("--tools", action="append", metavar="NAME", help="a tool that it may call, e.g. python (may be repeated)")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 = always the most probable token (default)")
+    chat.add_argument("--top-p", type=float, default=1.0, help="draw from the most probable tokens of this share (default: 1)")
+    chat.add_argument("--max-tokens", type=int, default=512, help="most tokens of one answer (default: 512)")
+    chat.add_argument("--seed", type=int, default=0, help="other seeds draw other answers (default: 0)")
+    chat.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+
+    fetch = verb("fetch", "download a model or a data set from the Hugging Face hub, checked against its checksums")
+    fetch.add_argument("name", nargs="?", help="a known name (see --list) or owner/name of the hub")
+    fetch.add_argument("--to", metavar="DIR", help="folder (default: models/NAME or data/NAME)")
+    fetch.add_argument("--list", action="store_true", dest="listing", help="the known names with licence and size, and end")
+    fetch.add_argument("--dry-run", action="store_true", help="ask the hub for files, sizes and licence, and end")
+    fetch.add_argument("--dataset", action="store_true", help="owner/name is a data set, not a model")
+    fetch.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the table's, else main)")
+    fetch.add_argument("--files", action="append", metavar="PATTERN", help="only files of this pattern (may be repeated)")
+    fetch.add_argument("--table", metavar="FILE", help="your own table of names instead of the shipped one")
+    fetch.add_argument("--quiet", action="store_true", help="no progress lines")
 
     new = verb("new", "write a commented starting point: a recipe or a slot file of your own")
     new.add_argument("what", help="recipe, source, filter, task, reward, schedule or stage")

@@ -46,6 +46,7 @@ def examine() -> dict[str, Any]:
     for name, (low, high) in CORE.items():
         _package(add, name, low, high)
     _hardware(add)
+    _sandbox(add)
     for name, (extra, use) in EXTRAS.items():
         try:
             add(name, "ok", version(name))
@@ -100,6 +101,16 @@ def _hardware(add: Any) -> None:
             add(f"gpu {index}", "ok", f"{facts.name}, {facts.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}")
     else:
         add("gpu", "optional", "none", "the recipes under tiny/ need none")
+
+
+def _sandbox(add: Any) -> None:
+    """Which sandbox runs the programs of models: found by running one in it."""
+    from k2lab import sandbox
+
+    try:
+        add("sandbox", "ok", sandbox.pick().describe())
+    except sandbox.SandboxError as error:
+        add("sandbox", "optional", "none works: stages with tools will not run", error.next or str(error))
 
 
 def text(facts: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from k2lab import __version__
 from k2lab.core import artifacts, memory
 from k2lab.core.artifacts import Artifact, write_json
-from k2lab.core.errors import K2Error, MachineError, RecipeError
+from k2lab.core.errors import K2Error, MachineError, RecipeError, SandboxError
 from k2lab.core.events import EventWriter
 from k2lab.core.recipe import Recipe, StageEntry, to_toml
 from k2lab.core.stage import StageContext, identity_table
@@ -40,9 +40,10 @@ class PlannedStage:
 
 @dataclass
 class Outcome:
-    """What a run did: finished artifacts by stage name, and seconds in all."""
+    """What a run did: finished artifacts by stage name, stages that this machine could not run (and why), and seconds in all."""
 
     done: dict[str, Artifact] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -139,6 +140,9 @@ def run(
 ) -> Outcome:
     """Runs every stage that is not finished yet. Raises K2Error with the earlier stages' work intact.
 
+    A stage class may have `provision() -> str`, which says in one line what of the machine the stage uses, or raises; it is asked
+    before anything runs. If it raises SandboxError or MachineError and the class says `optional = True`, the stage (and what is
+    made from it) is skipped, the others run, and the outcome says so; a SandboxError while such a stage runs does the same.
     `own_recipe=False` (an evaluation inside somebody's run) leaves the run directory's recipe and environment files as they are.
     """
     began = time.perf_counter()
@@ -153,18 +157,67 @@ def run(
         if rank == 0 and (own_recipe or not (run_dir / "recipe.resolved.toml").is_file()):
             _write_facts(recipe, run_dir, device, command)
         planned = survey(recipe, run_dir, only)
+        for stage in planned:
+            if stage.action != "reuse":
+                stage.entry.config.check_ranks(f"stage.{stage.entry.name}", world)
         identities = {stage.entry.name: stage.identity for stage in planned}
         events.emit("run_start", step=0, recipe=recipe.name, versions=_versions(), device=device, stages=identities)
-        finished: dict[str, Artifact] = {}
+        finished = outcome.done
+        outcome.skipped = _provision(planned, say if rank == 0 else lambda text: None)
         for stage in planned:
-            finished[stage.entry.name] = _run_stage(stage, recipe, finished, events, rank, world, device, say)
-        outcome.done = finished
+            name = stage.entry.name
+            reason = outcome.skipped.get(name) or _lacks_parent(stage, outcome.skipped)
+            if not reason:
+                try:
+                    finished[name] = _run_stage(stage, recipe, finished, events, rank, world, device, say)
+                except SandboxError as error:
+                    if not _is_optional(stage) or world > 1:  # other ranks know nothing of it
+                        raise
+                    reason = str(error)
+            if reason:
+                outcome.skipped[name] = reason
+                events.stage, events.step = name, 0
+                events.emit("stage_skipped", reason=reason)
+                _remove_empty(stage.partial)
+                if rank == 0:
+                    say(f"{name}: not run. {reason}")
         outcome.seconds = time.perf_counter() - began
         return outcome
     finally:
         events.close()
         if lock is not None:
             lock.close()
+
+
+def _is_optional(stage: PlannedStage) -> bool:
+    return getattr(type(stage.entry.config), "optional", False)
+
+
+def _provision(planned: list[PlannedStage], say: Callable[[str], None]) -> dict[str, str]:
+    """Asks the stages that are to run whether the machine has what they need; {optional stage: what is missing}."""
+    skipped = {}
+    for stage in planned:
+        ask = getattr(stage.entry.config, "provision", None)
+        if ask is None or stage.action == "reuse":
+            continue
+        try:
+            say(f"{stage.entry.name}: {ask()}")
+        except (SandboxError, MachineError) as error:
+            if not _is_optional(stage):
+                raise
+            skipped[stage.entry.name] = str(error)
+    return skipped
+
+
+def _lacks_parent(stage: PlannedStage, skipped: dict[str, str]) -> str:
+    lacking = [ref for refs in stage.entry.parents.values() for ref in refs if ref in skipped]
+    return f"It needs {lacking[0]}, which was not run." if stage.action != "reuse" and lacking else ""
+
+
+def _remove_empty(partial: Path) -> None:
+    """Removes a directory in which a skipped stage has left nothing but the runner's own note."""
+    if partial.is_dir() and {path.name for path in partial.iterdir()} <= {SECONDS}:
+        shutil.rmtree(partial)
 
 
 def _run_stage(

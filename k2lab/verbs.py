@@ -14,7 +14,7 @@ from typing import Any
 from k2lab.core import recipe as recipes
 from k2lab.core import slots
 from k2lab.core.artifacts import exists, open_artifact
-from k2lab.core.errors import DataError, K2Error, RecipeError, did_you_mean
+from k2lab.core.errors import DataError, K2Error, MachineError, RecipeError, did_you_mean
 
 KINDS = {f"{kind}s": kind for kind in slots.ROOMS}
 
@@ -47,8 +47,9 @@ def _execute(recipe: recipes.Recipe, run_dir: Path, args: argparse.Namespace, sa
     began = time.perf_counter()
     runner.ignore_hangup()
     failure: BaseException | None = None
+    outcome = runner.Outcome()
     try:
-        runner.run(
+        outcome = runner.run(
             recipe,
             run_dir,
             only=getattr(args, "only", None),
@@ -78,7 +79,9 @@ def _execute(recipe: recipes.Recipe, run_dir: Path, args: argparse.Namespace, sa
             print(f"next:     k2 eval {run_dir} --prompts-jsonl prompts.jsonl   |   k2 plan k2/continual_pretrain")
     if failure is not None:
         raise failure
-    return 0
+    for name, reason in outcome.skipped.items() if rank == 0 else ():
+        print(f"\nk2 run: {name} was not run: {reason} Everything else is done.", file=sys.stderr)
+    return MachineError.exit_code if outcome.skipped else 0
 
 
 def _listeners(quiet: bool, run_dir: Path) -> list[Any]:
@@ -107,11 +110,45 @@ def do_plan(args: argparse.Namespace) -> int:
     machine = machines.get(args.machine or "laptop", Path(args.machines) if args.machines else None)
     gpus = args.gpus if args.gpus is not None else max(1, machine.gpus)
     spec = specs.from_recipe(recipe.model) if recipe.model is not None else None
-    inputs = [entry.config.plan_inputs(entry.name, spec, gpus) for entry in recipe.stages]
+    inputs, about = _plan_inputs(recipe, spec, gpus)
     measured = Path(args.measured) if args.measured else None
-    result = planning.plan(inputs, machine, measured=measured)
+    result = planning.plan(inputs, machine, measured=measured, recipe=about)
     print(json.dumps(result.json(), indent=1) if args.json else result.text())
     return 0
+
+
+def _plan_inputs(recipe: recipes.Recipe, spec: Any, gpus: int) -> tuple[list[Any], Any]:
+    """What each stage tells the planner, and what it names beside. A stage's model is that of the checkpoint it begins from (an
+    earlier stage's, a folder's, a fetched name's), else the recipe's."""
+    from dataclasses import replace
+
+    from k2lab import fetch
+    from k2lab.core import schema
+    from k2lab.core.stage import parent_fields
+    from k2lab.plan.beside import Recipe
+
+    inputs, tables, roles, made = [], {}, {}, {}
+    for entry in recipe.stages:
+        kinds = parent_fields(type(entry.config))
+        named = {}
+        for role, refs in entry.parents.items():
+            if kinds[role].kind == "checkpoint":
+                for n, ref in enumerate(refs):
+                    key = role if len(refs) == 1 else f"{role}[{n}]"
+                    named[key] = made[ref] if ref in made else fetch.spec_of(ref) or spec
+        own = named.get("start") or next(iter(named.values()), spec)
+        told = entry.config.plan_inputs(entry.name, own, gpus)
+        if told.kind == "cpu" and named and own is not None:
+            # It reads models and says nothing of itself: it asks or measures them, one after the other, whole.
+            window = max(256, int(getattr(entry.config, "seq_len", 0)), int(getattr(entry.config, "max_tokens", 0)))
+            largest = max(named.values(), key=lambda one: one.total())
+            told = replace(told, kind="sample", model=largest, seq_len=window, per_device_batch=1, gpus=gpus)
+        inputs.append(told)
+        tables[entry.name] = schema.to_table(entry.config)
+        roles[entry.name] = {key: value for key, value in named.items() if value is not None}
+        if type(entry.config).kind == "checkpoint":
+            made[entry.name] = told.model
+    return inputs, Recipe(tables, roles)
 
 
 def do_report(args: argparse.Namespace) -> int:
@@ -255,6 +292,66 @@ def do_new(args: argparse.Namespace) -> int:
     return 0
 
 
+def do_chat(args: argparse.Namespace) -> int:
+    """`k2 chat`."""
+    from k2lab import chat
+    from k2lab.core.types import SampleParams
+    from k2lab.gym.agent import Toolbox
+
+    folder = chat.model_directory(Path(args.model))
+    toolbox = Toolbox(args.tools or ())
+    for name, tool in toolbox.tools.items():
+        print(f"{name}: {tool.describe() if hasattr(tool, 'describe') else 'ready'}", file=sys.stderr)
+    from k2lab.dist import mesh
+    from k2lab.models import build
+    from k2lab.sampling.local import LocalSampler, check_params
+    from k2lab.text import tokenizer as text_tokenizer
+
+    params = SampleParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    check_params(params)
+    tokenizer = text_tokenizer.load(folder)
+    model = build.load(folder, device=mesh.pick_device(args.device))
+    printer = chat.Printer()
+    session = chat.Session(
+        LocalSampler(model.hf, tokenizer.pad_id, eos_id=tokenizer.im_end_id),
+        tokenizer,
+        printer,
+        toolbox,
+        params,
+        system=args.system or "",
+        default_system=chat.begins_with_default_system(folder),
+        interruptible=sys.stdin.isatty(),
+    )
+    print(f"{folder}   (/help says what can be typed)", file=sys.stderr)
+    chat.repl(session, printer)
+    return 0
+
+
+def do_fetch(args: argparse.Namespace) -> int:
+    """`k2 fetch`."""
+    from dataclasses import replace
+
+    from k2lab import fetch
+
+    table = Path(args.table) if args.table else None
+    if args.listing:
+        found = fetch.rows(table)
+        width = max(len(left) for left, _ in found)
+        print("\n".join(f"{left:<{width}}  {right}" for left, right in found))
+        return 0
+    if args.name is None:
+        raise RecipeError("nothing was named", allowed=", ".join(fetch.table(table)) + ", or owner/name of the hub")
+    item = fetch.find(args.name, dataset=args.dataset, revision=args.revision, path=table)
+    if args.files:
+        item = replace(item, files=tuple(args.files))
+    to = Path(args.to) if args.to else fetch.folder_of(item)
+    meter = (lambda done, total: None) if args.quiet else fetch.Meter(sys.stderr)
+    fetch.fetch(item, to, say=_say, progress=meter, dry_run=args.dry_run)
+    if line := fetch.paste(item, to):
+        print(f"in a recipe:  {line}")
+    return 0
+
+
 def do_check(args: argparse.Namespace) -> int:
     """`k2 check`."""
     path = Path(args.path)
@@ -262,25 +359,45 @@ def do_check(args: argparse.Namespace) -> int:
         recipe = recipes.load(args.path)
         print(f"{recipe.name}: {len(recipe.stages)} stages parse: " + ", ".join(entry.name for entry in recipe.stages))
         return 0
+    from k2lab import fetch
     from k2lab.data import shards
+    from k2lab.stages import _proofs
 
+    if (path / fetch.MANIFEST).is_file() or (path / fetch.PARTIAL).is_dir():
+        wrong = fetch.verify(path)
+        print("\n  ".join([f"{path}: " + (f"{len(wrong)} problem(s)" if wrong else "ok, as the hub gives it"), *wrong]))
+        return 2 if wrong else 0
     targets = [path]
     if (path / "stages").is_dir():
         targets = sorted(item for item in (path / "stages").iterdir() if exists(item))
-    problems = 0
+    problems, sound = 0, []
     for target in targets:
         found: Any = []
+        proved: list[str] = []
         try:
-            kind = open_artifact(target, verify=True).kind if exists(target) else "dataset"
+            artifact = open_artifact(target, verify=True) if exists(target) else None
+            kind = artifact.kind if artifact is not None else "dataset"
             if kind in ("dataset", "tokens"):
                 found = shards.check(target)
+            if artifact is not None and not found:
+                sound.append(artifact)
+            if kind == "dataset" and not found:
+                found, proved = _proofs.prove_tasks(target)
         except K2Error as error:
             found = [str(error)]
-        problems += len(found)
-        print(f"{target}: " + ("ok" if not found else f"{len(found)} problem(s)"))
-        for text in found:
-            print(f"  {text}")
+        problems += _tell(str(target), found, proved)
+    shared, apart = _proofs.prove_disjoint(sound)
+    if shared or apart:
+        problems += _tell("test tasks and training data", shared, apart)
     return 2 if problems else 0
+
+
+def _tell(what: str, problems: list[str], proved: list[str]) -> int:
+    """Prints what was checked, with the problems or what was proved; returns the number of problems."""
+    print(f"{what}: " + ("ok" if not problems else f"{len(problems)} problem(s)"))
+    for text in [*problems, *proved]:
+        print(f"  {text}")
+    return len(problems)
 
 
 def _clock(seconds: float) -> str:

@@ -8,13 +8,16 @@ Kinds and their fields (all numbers are plain JSON; non-finite floats are writte
   run_start    recipe, versions, device, stages {name: identity}
   stage_start  type, identity, total (steps or null), unit, resumed (bool)
   step         total, losses {term: mean}, lr, grad_norm, tokens, tokens_per_s, seconds, rss_mb, eta_s, and when known
-               max_logits {layer: [per head]}, clipped {layer: [head, ...]}, expert_load {router: [share per expert]}
-  valid        metrics {name: value}: validation inside training
+               max_logits {layer: [per head]}, clipped {layer: [head, ...]}, expert_load {router: [share per expert]},
+               metrics {name: value}: what the objective reports besides its trained terms,
+               rollout {name: value}: about the rollouts that were trained, see rl.feed.RolloutFeed.facts
+  valid        metrics {name: value}: validation inside training; valid/<term> of trained terms, held_out/<name> of metrics
   progress     done, total, unit, eta_s: stages that have no optimizer steps
   funnel       filter, seen, kept, dropped, changed, examples [{text, why}]
   note         text: a slow path taken, an early stop, a fallback; said once
   stage_end    seconds, peak_rss_mb, artifact
   stage_failed error
+  stage_skipped reason: the machine lacks what the stage needs (a sandbox), and the run can do without the stage
 """
 
 from __future__ import annotations

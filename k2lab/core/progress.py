@@ -29,7 +29,8 @@ class Progress:
         elif kind == "progress":
             self._progress(event)
         elif kind == "valid":
-            self._valid = "  " + "  ".join(f"{name} {value:.4f}" for name, value in event["metrics"].items())
+            shown = {name: value for name, value in event["metrics"].items() if not name.startswith("held_out/")}
+            self._valid = "  " + "  ".join(f"{name} {_number(value)}" for name, value in shown.items())
         elif kind == "note":
             self._line(f"  {event['stage']}: {event['text']}")
         elif kind == "stage_start":
@@ -52,6 +53,12 @@ class Progress:
             parts.append(f"MFU {event['mfu']:.1%}")
         elif "tflops" in event:
             parts.append(f"{event['tflops']:.3f} TFLOP/s")
+        if "rollout" in event:
+            told = event["rollout"]
+            parts.insert(1, f"reward {told['reward']:.3f}  {told['length']:.1f} tokens")
+            parts.append(f"lag {told['lag']:.0f}")
+        if "mismatch_max" in event.get("metrics", {}):
+            parts.append(f"mismatch {_short(event['metrics']['mismatch_max'])}")
         if logits:
             parts.append(f"maxlogit {max(max(values) for values in logits.values()):.1f}")
         parts += [f"{event['rss_mb']:,.0f} MB", f"ETA {clock(event['eta_s'])}"]
@@ -89,6 +96,16 @@ class Progress:
             self._open = False
         self.out.write(text + "\n")
         self.out.flush()
+
+
+def _number(value: float | str) -> str:
+    """A number with four decimals; one that is not finite comes as a text already."""
+    return value if isinstance(value, str) else f"{value:.4f}"
+
+
+def _short(value: float | str) -> str:
+    """A small number with two digits; one that is not finite comes as a text already."""
+    return value if isinstance(value, str) else f"{value:.1e}"
 
 
 def clock(seconds: float) -> str:

@@ -25,6 +25,7 @@ ROOMS = {
     "filter": "k2lab.data.filters",
     "task": "k2lab.gym.tasks",
     "reward": "k2lab.gym.rewards",
+    "tool": "k2lab.gym.tools",
     "optimizer": "k2lab.optim",
     "schedule": "k2lab.optim.schedules",
     "objective": "k2lab.engine.objectives",

@@ -33,6 +33,10 @@ def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
         for name, value in event["losses"].items():
             if isinstance(value, float):
                 yield f"{stage}/loss/{name}", value
+        for name, value in event.get("metrics", {}).items():
+            yield f"{stage}/{name}", float(value)
+        for name, value in event.get("rollout", {}).items():
+            yield f"{stage}/rollout/{name}", float(value)
         for name in ("lr", "grad_norm", "tokens_per_s", "rss_mb", "mfu", "tflops"):
             if isinstance(event.get(name), (int, float)):
                 yield f"{stage}/{name}", float(event[name])

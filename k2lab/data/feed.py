@@ -14,24 +14,34 @@ import numpy as np
 from k2lab.core.batches import check_batch
 from k2lab.core.errors import DataError
 from k2lab.core.types import Batch, Sample
-from k2lab.data.pack import pack, piece
+from k2lab.data.pack import pack, piece, unit_length
 
 MIN_PIECE = 2  # rows are filled to the last token but one: equal lengths are faster, for kernels that are compiled per shape
 
 
 class Samples(Protocol):
-    """An indexable collection of samples (token shards on disk, or a list)."""
+    """An indexable collection of samples, or of units (token shards on disk, or a list)."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Sample | tuple[Sample, ...]: ...
+
+
+def gives_of(item: Sample | tuple[Sample, ...]) -> frozenset[str]:
+    """Names of the streams that an item of a data set carries, and "pairs" if it is a preference pair."""
+    sample = item[0] if isinstance(item, tuple) else item
+    return frozenset(sample.streams) | (frozenset({"pairs"}) if sample.pair is not None else frozenset())
 
 
 class PackedFeed:
     """Rows from `samples` in the order `order(epoch) -> indices`.
 
     `fill="split"` cuts documents so that rows are full (pretraining; pieces overlap by one context token); `fill="whole"` never
-    splits a sample (fine-tuning). Each step consumes `global_batch` rows; rank r gets rows [r*n, (r+1)*n) of them with
-    n = global_batch / world, in micro-batches of `per_device_batch` rows.
+    splits a sample (fine-tuning). An item of `samples` may be a *unit*: a tuple of samples that stay together in one row, in
+    their order (the two sides of a preference pair); units need `fill="whole"`. `gives` names the streams that the samples
+    carry, and "pairs" if they are sides of pairs; it is compared with what an objective needs.
+
+    Each step consumes `global_batch` rows; rank r gets rows [r*n, (r+1)*n) of them with n = global_batch / world, in
+    micro-batches of `per_device_batch` rows.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class PackedFeed:
         self.samples, self.order = samples, order
         self.seq_len, self.global_batch, self.per_device_batch = seq_len, global_batch, per_device_batch
         self.fill, self.rank, self.world = fill, rank, world
+        self.gives = gives_of(samples[0])
         self._epoch, self._index, self._offset = 0, 0, 0
         self._indices = order(0)
 
@@ -74,7 +85,17 @@ class PackedFeed:
         row: list[Sample] = []
         room = self.seq_len
         while room >= (MIN_PIECE if self.fill == "split" and row else 1):
-            sample = self.samples[int(self._current())]
+            item = self.samples[int(self._current())]
+            if isinstance(item, tuple):
+                assert self.fill == "whole", "a unit of samples cannot be split"
+                length = unit_length(item, self.seq_len)
+                if length > room:
+                    break
+                row += item
+                room -= length
+                self._advance()
+                continue
+            sample = item
             length = len(sample.tokens) - self._offset
             if self.fill == "whole":
                 if length > self.seq_len:

@@ -17,7 +17,10 @@ def pack(samples: Sequence[Sample]) -> Batch:
     """One `Batch` of the samples laid end to end, in their order.
 
     Position i of a document holds `targets_T[i] = tokens[i+1]` and the weight and streams of token i+1; the last position of
-    each document has weight 0 (its target is a copy of its own token, never used).
+    each document has weight 0 (its target is a copy of its own token, never used). Streams are [T] or [T, K]; floats become f32,
+    integers i64. `pair_S` and `sign_S` are always there; every pair in a pack is whole: as many chosen as rejected sides of it.
+
+    Raises DataError if the samples carry different streams, or a stream of different shapes.
     """
     if not samples:
         raise DataError("a pack needs at least one sample")
@@ -35,7 +38,8 @@ def pack(samples: Sequence[Sample]) -> Batch:
             raise DataError(
                 f"samples of one pack carry different streams: {sorted(names)} and {sorted(sample.streams)}", where=sample.key
             )
-    streams_T = {name: _shift([sample.streams[name] for sample in samples], last_S) for name in names}
+    streams_T = {name: _stream(name, samples, last_S) for name in names}
+    pair_S, sign_S = _pairs(samples)
     return Batch(
         tokens_T=tokens_T,
         targets_T=targets_T,
@@ -46,7 +50,35 @@ def pack(samples: Sequence[Sample]) -> Batch:
         sources=tuple(sample.source for sample in samples),
         streams_T=streams_T,
         num_tokens=int(np.count_nonzero(weight_T)),
+        pair_S=pair_S,
+        sign_S=sign_S,
     )
+
+
+def _pairs(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    """(pair ids i64[S], signs f32[S]) of the samples; (-1, 0) for a sample that belongs to no pair."""
+    sides = [sample.pair or (-1, 0) for sample in samples]
+    pair_S = np.array([pair for pair, _ in sides], dtype=np.int64)
+    sign_S = np.array([sign for _, sign in sides], dtype=np.float32)
+    assert set(sign_S[pair_S >= 0].tolist()) <= {1.0, -1.0}, "a side of a pair is chosen (+1) or rejected (-1)"
+    # The same pair may be there twice, where one epoch ends and the next begins.
+    whole = np.array_equal(np.sort(pair_S[sign_S > 0]), np.sort(pair_S[sign_S < 0]))
+    assert whole, "a pack holds one side of a pair without the other"
+    return pair_S, sign_S
+
+
+def _stream(name: str, samples: Sequence[Sample], last_S: np.ndarray) -> np.ndarray:
+    arrays = [np.asarray(sample.streams[name]) for sample in samples]
+    for sample, array in zip(samples, arrays, strict=True):
+        if array.shape[1:] != arrays[0].shape[1:] or len(array) != len(sample.tokens):
+            raise DataError(
+                f"the stream {name!r} has another shape than its sample or pack asks for",
+                where=sample.key,
+                got=str(array.shape),
+                allowed=str((len(sample.tokens), *arrays[0].shape[1:])),
+            )
+    dtype = np.int64 if arrays[0].dtype.kind in "iub" else np.float32
+    return _shift([array.astype(dtype, copy=False) for array in arrays], last_S)
 
 
 def _shift(arrays: Sequence[np.ndarray], last_S: np.ndarray) -> np.ndarray:
@@ -74,6 +106,18 @@ def piece(sample: Sample, begin: int, end: int) -> Sample:
         pair=sample.pair,
         meta=sample.meta,
     )
+
+
+def unit_length(unit: Sequence[Sample], seq_len: int) -> int:
+    """Tokens of a unit. Raises DataError if it does not fit into one row of `seq_len` tokens."""
+    length = sum(len(sample.tokens) for sample in unit)
+    if length > seq_len:
+        raise DataError(
+            f"{len(unit)} samples that must stay together have {length} tokens, more than seq_len = {seq_len}",
+            where=unit[0].key,
+            next="Raise seq_len, or leave such units out",
+        )
+    return length
 
 
 def cut(sample: Sample, seq_len: int) -> list[Sample]:

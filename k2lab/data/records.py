@@ -9,10 +9,15 @@ A record's *kind* is told by its keys:
     reasoning    {"prompt", "reasoning", "final"}
     preference   {"prompt", "chosen", "rejected"}
     response     {"prompt", "response"}
+    task         {"prompt", "answer"}                  a question and what is right, without a worked-out response
 
-Optional tags: `source`, `domain`, `difficulty`, `license`, `module`, `group`, `split` ("train" or "valid": where
-the record goes, whatever its group). Every record that a source yields has a stable `key` (source name and path with line, or
-object name), which fixes its split, its place in the order and its randomness.
+Optional tags: `source`, `domain`, `difficulty` (a number or a text), `license`, `module`, `group`, `split` ("train" or "valid":
+where the record goes, whatever its group). Every record that a source yields has a stable `key` (source name and path with line,
+or object name), which fixes its split, its place in the order and its randomness.
+
+A record of any kind but `qa` that carries `answer` is also a *task* (`is_task`): `answer` is what rewards compare a response
+with, `rewards` names reward slots (["exact_match"] if absent) and `options` holds their settings by name. So one data set serves
+fine-tuning, evaluation and reinforcement learning. A chat record may declare the `tools` that it uses, in the OpenAI form.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+from k2lab.core import slots
 from k2lab.core.errors import DataError, RecipeError, did_you_mean
 
 Record = dict[str, Any]
@@ -33,7 +39,10 @@ KINDS: dict[str, tuple[str, ...]] = {
     "reasoning": ("prompt", "reasoning", "final"),
     "preference": ("prompt", "chosen", "rejected"),
     "response": ("prompt", "response"),
+    "task": ("prompt", "answer"),
 }
+# What a task is judged by that names no reward.
+REWARDS = ("exact_match",)
 ROLES = ("system", "user", "assistant", "tool")
 
 # The order in which the parts of a record are read out.
@@ -78,6 +87,9 @@ def check_record(record: Any, where: str, kind: str = "") -> Record:
         raise DataError(what, where=where, got="keys " + (", ".join(map(str, record)) or "none"), allowed=_allowed(kind))
     if found == "chat":
         _check_messages(record["messages"], where)
+        tools = record.get("tools")
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise DataError("'tools' must be a list of tool specifications", where=where, got=tools)
     else:
         for key in _PARTS[found]:
             if key in record and not isinstance(record[key], str) and not (key == "input" and record[key] is None):
@@ -85,9 +97,44 @@ def check_record(record: Any, where: str, kind: str = "") -> Record:
     for tag in ("key", "source", "domain", "license", "group", "module"):
         if record.get(tag) is not None and not isinstance(record[tag], str):
             raise DataError(f"the tag {tag!r} must be a text", where=where, got=record[tag])
+    if isinstance(record.get("difficulty"), bool) or not isinstance(record.get("difficulty"), (int, float, str, type(None))):
+        raise DataError("the tag 'difficulty' must be a number or a text", where=where, got=record["difficulty"])
     if record.get("split") not in (None, "train", "valid"):
         raise DataError("the tag 'split' says where the record goes", where=where, got=record["split"], allowed="train, valid")
+    if found == "reasoning" and not record["final"].strip():
+        raise DataError("'final' is empty: a worked-out response must come to an answer", where=where)
+    if found != "qa" and any(record.get(tag) is not None for tag in ("answer", "rewards", "options")):
+        _check_task(record, where)
     return record
+
+
+def _check_task(record: Record, where: str) -> None:
+    """The tags that make a record a task: `answer`, `rewards`, `options`."""
+    answer, rewards, options = record.get("answer"), record.get("rewards"), record.get("options")
+    if not isinstance(answer, str) or not answer.strip():
+        raise DataError("a task needs the text 'answer' that its rewards compare with", where=where, got=repr(answer))
+    if rewards is not None:
+        if not isinstance(rewards, list) or not rewards or not all(isinstance(name, str) for name in rewards):
+            raise DataError("'rewards' must be a list of at least one name", where=where, got=rewards, allowed='["exact_match"]')
+        for name in rewards:
+            if not name.endswith(".py") and name not in slots.names("reward"):
+                known = slots.names("reward")
+                raise DataError(
+                    f"there is no reward {name!r}",
+                    where=where,
+                    allowed=", ".join(known) + ", or a path to your own .py file",
+                    next=did_you_mean(name, known),
+                )
+    if options is not None and not (isinstance(options, dict) and all(isinstance(each, dict) for each in options.values())):
+        raise DataError("'options' must hold a table of settings per reward", where=where, got=options)
+    for name in options or ():
+        if name not in (rewards or REWARDS):
+            raise DataError(f"'options' has settings for {name!r}, which is none of the rewards", where=where, got=options)
+
+
+def is_task(record: Record) -> bool:
+    """Whether a record says how responses to it are judged: it carries `answer` (and is no question-answer text)."""
+    return record.get("answer") is not None and kind_of(record) not in (None, "qa", "text")
 
 
 def _allowed(kind: str) -> str:

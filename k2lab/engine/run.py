@@ -16,7 +16,7 @@ from k2lab.core.events import EventWriter
 from k2lab.core.memory import rss_mb
 from k2lab.core.types import Batch
 from k2lab.dist import mesh
-from k2lab.engine.step import StepMetrics, forward_backward, forward_sums
+from k2lab.engine.step import StepMetrics, coefficient, forward_backward, forward_sums, means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class TrainRun:
     forward_backward: Callable[..., tuple[dict[str, float], StepMetrics]] = forward_backward
     after_step: list[Callable[..., None]] = field(default_factory=list)
     objective: Any = None
+    facts: Callable[[], dict[str, float]] | None = None  # of a feed: what the step's event says about its rollouts
     best: float = math.inf
     best_step: int = 0
     bad: int = 0
@@ -110,8 +111,11 @@ class TrainRun:
         return mesh.sum_values(totals)
 
     def require_finite(self, sums: dict[str, float], norm: float, step: int, micro: Sequence[Batch]) -> None:
-        """NumericsError on every rank if any sum or the gradient norm is not finite; nothing has moved yet."""
-        bad = [name for name, value in sums.items() if not math.isfinite(value)]
+        """NumericsError on every rank if a trained term or the gradient norm is not finite; nothing has moved yet.
+
+        A metric that is not finite (an importance ratio that overflows, say) stops nothing: it is recorded as it is.
+        """
+        bad = [name for name, value in sums.items() if coefficient(self.objective, name) and not math.isfinite(value)]
         if not math.isfinite(norm):
             bad.append("gradient norm")
         if mesh.agree(bool(bad)):
@@ -138,9 +142,10 @@ class TrainRun:
         self.done = step + 1
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
-        losses = {name: sums[name] / counts[name] for name in sums if counts.get(name)}
-        trained = sum(counts.values())
-        positions = mesh.sum_values({"n": sum(len(batch.tokens_T) for batch in micro)})["n"]
+        losses, others = means(self.objective, sums, counts)
+        sizes = {"positions": sum(len(batch.tokens_T) for batch in micro), "trained": sum(batch.num_tokens for batch in micro)}
+        sizes = mesh.sum_values(sizes)
+        positions = sizes["positions"]
         left = (now - self._began) / max(1, self.done - self._done_at_start) * (self.total_steps - self.done)
         load = {name: (count / count.sum().clamp(min=1)).tolist() for name, count in metrics.expert_counts.items()}
         fields: dict[str, Any] = {
@@ -148,12 +153,16 @@ class TrainRun:
             "losses": {name: _digits(value) for name, value in losses.items()},
             "lr": info.lr,
             "grad_norm": _digits(norm),
-            "tokens": int(trained),
+            "tokens": int(sizes["trained"]),
             "tokens_per_s": round(positions / seconds, 1),
             "seconds": round(seconds, 4),
             "rss_mb": rss_mb(),
             "eta_s": round(left, 1),
         }
+        if others:
+            fields["metrics"] = {name: _digits(value) for name, value in others.items()}
+        if self.facts is not None:
+            fields["rollout"] = self.facts()
         if metrics.max_logits:
             fields["max_logits"] = {
                 str(layer): [_digits(x) for x in values.tolist()] for layer, values in metrics.max_logits.items()
@@ -182,10 +191,12 @@ class TrainRun:
         if not due or not mesh.agree(len(self.valid) > 0):
             return
         sums, counts = forward_sums(model, self.objective, self.valid)
-        losses = {f"valid/{name}": sums[name] / counts[name] for name in sums if counts[name]}
-        self.events.emit("valid", step=self.done, metrics=losses, epoch=round(feed.epoch, 3))
-        value = sum(losses.values())
-        self.history = {"last_valid": losses}
+        losses, others = means(self.objective, sums, counts)
+        found = {f"valid/{name}": mean for name, mean in losses.items()}
+        found.update({f"held_out/{name}": number for name, number in others.items()})
+        self.events.emit("valid", step=self.done, metrics=found, epoch=round(feed.epoch, 3))
+        value = sum(coefficient(self.objective, name) * mean for name, mean in losses.items())
+        self.history = {"last_valid": {name: number for name, number in found.items() if math.isfinite(number)}}
         if self.early_stop is None:
             self._mark = time.perf_counter()
             return

@@ -107,6 +107,25 @@ def best_of_n(scores_PK: Any, level: float = LEVEL) -> Estimate:
     return avg_at_k(best_P[:, None], level)
 
 
+def pass_at_k(scores_PK: Any, k: int, level: float = LEVEL) -> Estimate:
+    """pass@k: the chance that at least one of k samples is right, from N >= k samples per item without bias (Chen et al. 2021,
+    arXiv:2107.03374, equation 1). A sample is right if its score is 1. The interval is as for `avg_at_k`."""
+    values_P = passes(scores_PK, k)
+    if np.isin(values_P, (0, 1)).all():
+        return wilson(int(values_P.sum()), len(values_P), level)
+    return mean(values_P, level)
+
+
+def passes(scores_PK: Any, k: int) -> np.ndarray:
+    """The item-wise values of pass@k, f64[P]: 1 - C(N - c, k) / C(N, k) for c right samples among N."""
+    scores_PK = _scores(scores_PK)
+    num = scores_PK.shape[1]
+    if not 1 <= k <= num:
+        raise DataError(f"pass@{k} cannot be told from {num} samples per item", allowed=f"k from 1 to {num}")
+    wrong_P = num - (scores_PK >= 1).sum(axis=1)
+    return np.array([1 - math.comb(int(wrong), k) / math.comb(num, k) for wrong in wrong_P], dtype=np.float64)
+
+
 def ratio(numerators: Any, denominators: Any, seed: int, name: str, resamples: int = RESAMPLES, level: float = LEVEL) -> Estimate:
     """sum(numerators) / sum(denominators), such as bits per byte, with the percentile bootstrap over items.
 

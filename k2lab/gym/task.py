@@ -19,7 +19,8 @@ _NONSENSE = ("", IM_END, f" {IM_END}", f"qzxv jkwp vvvq{IM_END}", "qzxv jkwp vvv
 class Task:
     """One question. `key` is its stable identity; `messages` end with the user's turn; `answer` is what rewards compare with and
     `gold` a whole response that is right (the answer itself if empty). `rewards` are names of reward slots (or paths), `options`
-    their settings by name. `max_tokens` limits the response; `meta` is free JSON."""
+    their settings by name. `max_tokens` limits what the model writes, over all turns; `tools` are names of tool slots (or paths)
+    that it may call, and `max_turns` how many turns it has (0: as the caller says). `meta` is free JSON."""
 
     key: str
     messages: tuple[Message, ...]
@@ -28,20 +29,23 @@ class Task:
     gold: str = ""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     max_tokens: int = 48
+    tools: tuple[str, ...] = ()
+    max_turns: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def judges(self) -> dict[str, Any]:
+        """The task's rewards by name, built. Raises RecipeError for a reward or setting that does not exist."""
+        return {
+            name: build_slot("reward", {"type": name, **self.options.get(name, {})}, f"task {self.key}") for name in self.rewards
+        }
 
     def scores(self, response: str) -> dict[str, float]:
         """What each reward says about a response (decoded text, special tokens included).
 
-        Raises RecipeError for a reward or setting that does not exist, DataError for a score outside [0, 1].
+        Raises RecipeError for a reward or setting that does not exist, DataError for a score outside [0, 1] or NaN, and whatever
+        a reward raises.
         """
-        found = {}
-        for name in self.rewards:
-            value = build_slot("reward", {"type": name, **self.options.get(name, {})}, f"task {self.key}").score(self, response)
-            if not 0 <= value <= 1:
-                raise DataError("a reward lies outside [0, 1]", where=f"task {self.key}, reward {name}", got=value)
-            found[name] = float(value)
-        return found
+        return {name: judged(self, name, reward, response) for name, reward in self.judges().items()}
 
     def score(self, response: str) -> float:
         """The product of all rewards: 1 only if every one of them is satisfied. For the errors raised see `scores`."""
@@ -49,6 +53,14 @@ class Task:
         for value in self.scores(response).values():
             total *= value
         return total
+
+
+def judged(task: Task, name: str, reward: Any, response: str) -> float:
+    """What `reward`, called `name`, says about a response. Raises DataError unless it is a number in [0, 1]."""
+    value = reward.score(task, response)
+    if isinstance(value, str) or not 0 <= value <= 1:
+        raise DataError("a reward lies outside [0, 1]", where=f"task {task.key}, reward {name}", got=value)
+    return float(value)
 
 
 def question_of(record: dict[str, Any]) -> tuple[Message, ...]:
@@ -86,4 +98,6 @@ def check_tasks(tasks: Iterable[Task]) -> list[str]:
                     problems.append(f"{task.key}: the response {nonsense!r} scores 1.")
         except K2Error as error:
             problems.append(f"{task.key}: {error}")
+        except Exception as error:  # a reward may be anybody's code
+            problems.append(f"{task.key}: a reward failed: {type(error).__name__}: {error}")
     return problems

@@ -1,4 +1,5 @@
-"""Cross-entropy of a linear head, piece by piece: the [T, W] logits never exist.
+"""Cross-entropy of a linear head, piece by piece: the [T, W] logits never exist. Log-probabilities with gradient and divergences
+from a teacher are in `_distribution.py`, re-exported here.
 
 Legend: `T` positions, `D` width, `W` vocabulary, `c` positions of a piece.
 """
@@ -9,7 +10,10 @@ from collections.abc import Iterator
 
 import torch
 
+from k2lab.models._distribution import linear_logprobs, linear_logprobs_topk_kl, linear_topk_kl
 from k2lab.models.gemm import grad_input, grad_weight, linear
+
+__all__ = ["linear_cross_entropy", "linear_logprobs", "linear_logprobs_topk_kl", "linear_topk_kl", "token_logprobs"]
 
 
 def _pieces(rows: torch.Tensor, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from k2lab.models import decode
 from k2lab.models.attention import LogitStats
 from k2lab.models.delta import FastKDA
 from k2lab.models.experts import FastMLP
@@ -41,7 +42,8 @@ def _mixed(part: type[torch.nn.Module], original: type[torch.nn.Module]) -> type
 
 
 def swap(model: torch.nn.Module) -> torch.nn.Module:
-    """Changes the classes of the model's modules in place; once is enough, twice does no harm."""
+    """Changes the classes of the model's modules in place; once is enough, twice does no harm. Samplers find our decoder there."""
+    model.k2_decoder = decode.decoder
     for module in model.modules():
         part = PARTS.get(type(module).__name__)
         if part is None:

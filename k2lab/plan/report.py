@@ -9,7 +9,7 @@ from typing import Any
 
 from k2lab.core.errors import RecipeError
 from k2lab.core.types import PlanInput
-from k2lab.plan import analysis, compute, lines, long_context, machines, memory
+from k2lab.plan import analysis, beside, compute, lines, long_context, machines, memory
 from k2lab.plan.compute import Money, Speed, Throughput
 from k2lab.plan.lines import Section
 from k2lab.plan.machines import Machine
@@ -31,7 +31,8 @@ class StagePlan:
 
     def text(self) -> list[str]:
         """As lines of text."""
-        rows = [f"Stage {self.stage} ({self.type})" + (": runs on the CPU, not planned" if self.kind == "cpu" else "")]
+        unplanned = self.kind == "cpu" and not self.sections
+        rows = [f"Stage {self.stage} ({self.type})" + (": runs on the CPU, not planned" if unplanned else "")]
         rows += [f"  note: {note}" for note in self.notes]
         for section in self.sections:
             rows += ["", *(f"  {row}" for row in section.text())]
@@ -80,9 +81,13 @@ class Plan:
 
 
 def plan(
-    inputs: Sequence[PlanInput], machine: Machine | str, measured: Path | str | Mapping[str, Throughput] | None = None
+    inputs: Sequence[PlanInput],
+    machine: Machine | str,
+    measured: Path | str | Mapping[str, Throughput] | None = None,
+    recipe: beside.Recipe | None = None,
 ) -> Plan:
-    """The plan of the stages `inputs` on `machine` (or the shipped machine of that name).
+    """The plan of the stages `inputs` on `machine` (or the shipped machine of that name). With `recipe` (the stages' tables and
+    the models they name) it also says what stages need beside the model that they train.
 
     `measured`: a run directory (or what `compute.measure` gave) whose throughput replaces the assumed one for stages of the same
     name; the others stay assumed and say so. Raises RecipeError for unknown machines and impossible numbers, DataError for a run
@@ -101,7 +106,7 @@ def plan(
     for inp in inputs:
         if isinstance(inp.model, ModelSpec) and inp.kind != "cpu":
             specs.setdefault(inp.model.name, inp.model)
-    stages = tuple(_stage(inp, machine, rates) for inp in inputs)
+    stages = tuple(_stage(inp, machine, rates, recipe or beside.Recipe()) for inp in inputs)
     models = tuple((name, (_model(spec), *analysis.sections(spec))) for name, spec in specs.items())
     return Plan(machine, models, stages, _totals(stages, machine))
 
@@ -161,11 +166,12 @@ def _model(spec: ModelSpec) -> Section:
     return section
 
 
-def _stage(inp: PlanInput, machine: Machine, rates: Mapping[str, Throughput]) -> StagePlan:
+def _stage(inp: PlanInput, machine: Machine, rates: Mapping[str, Throughput], recipe: beside.Recipe) -> StagePlan:
+    more = beside.sections(inp, recipe, machine)
     if inp.kind == "cpu":
-        return StagePlan(inp.stage, inp.type, inp.kind, (), inp.notes)
+        return StagePlan(inp.stage, inp.type, inp.kind, tuple(more), inp.notes)
     if inp.kind == "sample":
-        return StagePlan(inp.stage, inp.type, inp.kind, (_sampling(inp, machine),), inp.notes)
+        return StagePlan(inp.stage, inp.type, inp.kind, (_sampling(inp, machine), *more), inp.notes)
     if inp.kind != "train":
         raise RecipeError(
             "there is no such kind of stage", where=f"stage.{inp.stage}", got=inp.kind, allowed="train, sample, cpu"
@@ -178,12 +184,10 @@ def _stage(inp: PlanInput, machine: Machine, rates: Mapping[str, Throughput]) ->
     length, steps = _length(inp)
     cost = compute.money(steps * speed.seconds_per_step, inp.gpus, machine) if steps else None
     sections = [length, _memory(inp, machine), _time(inp, machine, speed, steps, cost, bool(rates) and rate is None)]
-    extra = long_context.section(inp, machine)
+    extra = [section for section in (long_context.section(inp, machine), *more) if section is not None]
     seconds = steps * speed.seconds_per_step if steps else None
     dollars = cost.dollars if cost else None
-    return StagePlan(
-        inp.stage, inp.type, inp.kind, (*sections, *([extra] if extra else ())), inp.notes, seconds, dollars, speed.measured
-    )
+    return StagePlan(inp.stage, inp.type, inp.kind, (*sections, *extra), inp.notes, seconds, dollars, speed.measured)
 
 
 def _length(inp: PlanInput) -> tuple[Section, int | None]:
@@ -227,7 +231,17 @@ def _memory(inp: PlanInput, machine: Machine) -> Section:
     return section
 
 
+TODAY = (
+    "This version keeps the whole state on every GPU (data parallel); dividing it, expert and context parallelism do not exist "
+    "yet, so this stage is a plan only."
+)
+
+
 def _verdict(found: memory.Memory, limit: float, whole: float, divided: float, gpus: int) -> list[str]:
+    return [*_fits(found, limit, whole, divided, gpus), *([] if whole <= limit else [TODAY])]
+
+
+def _fits(found: memory.Memory, limit: float, whole: float, divided: float, gpus: int) -> list[str]:
     if whole <= limit:
         return [f"Fits: {lines.size(whole)} of {lines.size(limit)} with the state on every GPU."]
     if gpus > 1 and divided <= limit:
@@ -285,7 +299,9 @@ def _time(inp: PlanInput, machine: Machine, speed: Speed, steps: int | None, cos
     section.add(
         "seconds_per_step", "time per step", seconds, lines.duration(seconds), origin, "tokens per step / tokens per second"
     )
-    if steps is not None and cost is not None:
+    if steps is None:
+        _per_billion(section, inp, machine, seconds * 1e9 / per_step, origin)
+    elif cost is not None:
         whole = steps * seconds
         section.add("seconds", "time of the stage", whole, lines.duration(whole), origin, f"{steps:,} steps x time per step")
         if cost.dollars is not None:
@@ -298,6 +314,16 @@ def _time(inp: PlanInput, machine: Machine, speed: Speed, steps: int | None, cos
     if unmeasured:
         section.remarks.append("The measured run has no stage of this name; its speed is ASSUMED.")
     return section
+
+
+def _per_billion(section: Section, inp: PlanInput, machine: Machine, seconds: float, origin: lines.Origin) -> None:
+    """Time and price of 10^9 tokens, for stages whose length follows from data that are not counted yet."""
+    cost = compute.money(seconds, inp.gpus, machine)
+    text = "10^9 tokens / tokens per second"
+    section.add("seconds_per_billion", "time per 10^9 tokens", seconds, lines.duration(seconds), origin, text)
+    if cost.dollars is not None:
+        text = f"{cost.machines} x {machine.name} x {cost.hours:,.3g} h x ${machine.dollars_per_hour:g}/h (whole machines)"
+        section.add("dollars_per_billion", "price per 10^9 tokens", cost.dollars, lines.money(cost.dollars), origin, text)
 
 
 def _sampling(inp: PlanInput, machine: Machine) -> Section:
@@ -320,7 +346,10 @@ def _sampling(inp: PlanInput, machine: Machine) -> Section:
     limit = 1e9 * machine.memory_gb
     section.add("available", "available", limit, lines.size(limit), "given", f"machine table: {machine.name}")
     if weights + cache + state > limit:
-        section.remarks.append("Does not fit on one GPU.")
+        section.remarks.append(
+            "Does not fit on one GPU, and the embedded sampler divides no model: serve it elsewhere, and name an endpoint where "
+            "the stage takes one."
+        )
     return section
 
 
@@ -339,6 +368,9 @@ def _totals(stages: tuple[StagePlan, ...], machine: Machine) -> Section:
     missing = [stage.stage for stage in stages if stage not in timed]
     if missing:
         section.remarks.append("Not in these totals: " + ", ".join(missing) + ".")
+    for stage in timed:
+        for line in (line for table in stage.sections for line in table.lines if line.key == "sampling_seconds_least"):
+            section.remarks.append(f"Without the sampling of {stage.stage}, which takes at least {line.shown} per step.")
     if machine.dollars_per_hour is None:
         section.remarks.append(f"No price: put dollars_per_hour of {machine.name} into your own machine table.")
     return section

@@ -17,7 +17,7 @@ from k2lab.core import artifacts, events
 from k2lab.core.errors import DataError
 from k2lab.report.figures import number
 
-Status = Literal["done", "failed", "unfinished", "waiting"]
+Status = Literal["done", "failed", "unfinished", "waiting", "skipped"]
 RESULTS = "results.json"
 RESULTS_FORMATS = (0, 1)  # of results.json: this version's and the one before
 
@@ -232,6 +232,8 @@ def _stages(
     stages = []
     for name in names:
         log = logs.get(name, [])
+        if log and log[-1]["kind"] == "stage_skipped":
+            log = log[-1:]  # what came before tells of another artifact, or of an attempt that is void
         if planned.get(name):  # the run itself said which artifact it wants
             fitting = (path for path, m in manifests.items() if _same(str(m.get("identity", "")), str(planned[name])))
             directory = next((path for path in fitting if manifests[path].get("name") == name), None)
@@ -305,7 +307,10 @@ def _stage(
     starts = [event for event in log if event["kind"] == "stage_start"]
     ends = [event for event in log if event["kind"] == "stage_end"]
     error = next((str(e.get("error") or e.get("text") or "failed") for e in reversed(log) if _is_failure(e, log)), "")
+    skipped = next((str(e.get("reason", "")) for e in reversed(log) if e["kind"] == "stage_skipped"), None)
     status: Status = "done" if directory else "failed" if error else "unfinished" if log else "waiting"
+    if skipped is not None and not directory:
+        status, error = "skipped", skipped
     steps = {e["step"]: e for e in log if e["kind"] == "step" and number(e.get("step")) is not None}
     results = None
     if directory and (directory / RESULTS).is_file():

@@ -66,7 +66,7 @@ def _graph(run: RunView) -> tuple[dict[str, _Node], list[tuple[str, str, str]]]:
             lines = (stage.name, stage.kind or stage.type, figures.size(stage.num_bytes), f"id {stage.identity[:8] or 'unknown'}")
             nodes[stage.name] = _Node(stage.name, lines)
         else:
-            words = {"waiting": "not started", "failed": "failed", "unfinished": "unfinished"}[stage.status]
+            words = {"waiting": "not started", "skipped": "not run"}.get(stage.status, stage.status)
             nodes[stage.name] = _Node(stage.name, (stage.name, stage.type, words), "box open")
         for role, parent, identity in stage.parents():
             if parent not in names and parent not in nodes:

@@ -17,6 +17,7 @@ _STATUS = {
     "failed": ("\u2717", "failed"),
     "unfinished": ("\u2026", "unfinished"),
     "waiting": ("\u25cb", "not started"),
+    "skipped": ("\u2013", "not run"),
 }
 
 
@@ -39,6 +40,8 @@ def _banner(run: RunView) -> str:
             lines.append(f"<p><b>The stage {esc(stage.name)} failed.</b> {shorten(stage.error, 600)}</p>")
         elif stage.status == "unfinished":
             lines.append(f"<p><b>The stage {esc(stage.name)} is not finished</b>{_reached(stage)}.</p>")
+        elif stage.status == "skipped":
+            lines.append(f"<p><b>The stage {esc(stage.name)} was not run.</b> {shorten(stage.error, 600)}</p>")
     waiting = [stage.name for stage in run.stages if stage.status == "waiting"]
     if waiting:
         lines.append(f"<p>Not started: {esc(', '.join(waiting))}.</p>")

@@ -164,7 +164,8 @@ def _metric(row: dict[str, Any]) -> str:
 def _label(stage: StageView | None, name: str) -> str:
     if stage is None or stage.status == "done":
         return name
-    return f"{name} ({'not started' if stage.status == 'waiting' else stage.status})"
+    words = {"waiting": "not started", "skipped": "not run"}
+    return f"{name} ({words.get(stage.status, stage.status)})"
 
 
 def _ascii(text: str) -> str:

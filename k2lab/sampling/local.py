@@ -1,13 +1,12 @@
 """Batched decoding on a transformers causal language model that lives in this process.
 
-Axes: B rows of a batch, T tokens (prompt plus generated), W vocabulary.
+Axes: B rows of a batch, T tokens (prompt plus generated), W vocabulary, K most probable tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,51 +15,40 @@ import torch
 from k2lab.core.errors import DataError, NumericsError, RecipeError
 from k2lab.core.rng import rng
 from k2lab.core.types import Completion, SampleParams, StopReason
-from k2lab.sampling._absorb import absorbed_decoding
+from k2lab.sampling._draw import Chosen, choose, draw
+from k2lab.sampling._generic import GenericDecoder
 
-# Dropping finished rows copies the whole cache, so it waits until this share of the rows is finished.
-COMPACT_SHARE = 0.25
+__all__ = ["LocalSampler", "check_params", "draw"]
 
-
-@dataclass
-class _Row:
-    """One request while it is decoded."""
-
-    index: int  # place in the caller's list
-    prompt: Sequence[int]
-    budget: int  # most tokens that may be generated: the caller's limit or what is left of the window
-    uniforms: np.ndarray | None  # one number in [0, 1) per position; None when greedy
-    full: StopReason  # why generation ends when the budget is used up
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stop: StopReason | None = None
+# Dropping finished rows and starting others copies memory and runs prompts, so it waits until this share of the rows is finished.
+COMPACT_SHARE = 1 / 8
 
 
 class LocalSampler:
-    """Greedy, temperature and top-p decoding with the model's own cache (latents for MLA, states for KDA).
+    """Greedy, temperature and top-p decoding with a cache (latents for MLA, states for KDA).
 
-    `hf_model` is a transformers causal LM on any device; `pad_id` fills left padding and is masked out; `max_batch` rows are
-    decoded together. `eos_id` is the token (or tokens) that ends a turn: it always stops generation, with `StopReason.EOS`. If it
+    `hf_model` is a transformers causal LM on any device; `pad_id` fills left padding and is masked out; up to `max_batch` rows
+    are decoded together, and where rows finish, waiting requests take their places. Requests with equal prompts share them: the
+    prompt runs once. `eos_id` is the token (or tokens) that ends a turn: it always stops generation, with `StopReason.EOS`. If it
     is None, the first of a request's `stop_tokens` is taken as the turn's end. The token that stopped generation is part of the
-    completion. `window` defaults to the config's `max_position_embeddings`. Set `policy_version` after a weight update.
-    `absorb` folds MLA's key and value expansion into the query and the output during decoding (same function, less work); no
-    other thread may use the model meanwhile.
-    """
+    completion. `window` defaults to the config's `max_position_embeddings`. Set `policy_version` after a weight update. A model
+    that brings a decoder (`hf_model.k2_decoder(hf_model, pad_id)`, see `models.decode`) is decoded by it, others by their own
+    forward (`decoder=False`: always so). No other thread may use the model meanwhile."""
 
     def __init__(
         self,
         hf_model: Any,
         pad_id: int,
-        max_batch: int = 64,
+        max_batch: int = 128,
         *,
         eos_id: int | Sequence[int] | None = None,
         window: int | None = None,
         policy_version: int = 0,
-        absorb: bool = True,
+        decoder: bool = True,
     ) -> None:
         if max_batch < 1:
             raise RecipeError("max_batch must be at least 1", got=max_batch)
-        self.model, self.pad_id, self.max_batch, self.absorb = hf_model, pad_id, max_batch, absorb
+        self.model, self.pad_id, self.max_batch, self.decoder = hf_model, pad_id, max_batch, decoder
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
         self.window = window if window is not None else int(hf_model.config.max_position_embeddings)
         self.policy_version = policy_version
@@ -74,140 +62,148 @@ class LocalSampler:
         NumericsError if the model's logits are not finite.
         """
         check_params(params)
-        rows = self._rows(prompts, params, keys)
-        ready = sorted((row for row in rows if row.stop is None), key=lambda row: len(row.prompt))
+        _check_requests(prompts, params, keys)
+        work = _Work(prompts, params, keys, self.window, self.eos_ids or params.stop_tokens[:1])
         with torch.inference_mode(), _evaluating(self.model):
-            for begin in range(0, len(ready), self.max_batch):
-                self._decode(ready[begin : begin + self.max_batch], params)
+            self._decode(work)
+        return work.completions(self.policy_version)
+
+    def _decode(self, work: _Work) -> None:
+        """Does all requests: rows of a batch, one token per step, new requests in place of finished ones."""
+        make = getattr(self.model, "k2_decoder", None) if self.decoder else None
+        decoder = make(self.model, self.pad_id) if make is not None else None
+        if decoder is None:
+            decoder = GenericDecoder(self.model, self.pad_id)
+        waiting = work.in_order()
+        rows = np.zeros(0, np.int64)  # requests under way, in the decoder's order; finished ones wait to be dropped
+        tokens = np.zeros(0, np.int64)
+        while len(waiting) or len(rows):
+            free = self.max_batch - len(rows)
+            if len(waiting) and (not len(rows) or (decoder.refills and free >= max(1, self.max_batch * COMPACT_SHARE))):
+                new, waiting = waiting[:free], waiting[free:]
+                prompts, owner, counts = work.prompts_of(new)
+                logits_BW = decoder.start(prompts, counts)
+                logits_BW = logits_BW[torch.from_numpy(owner).to(logits_BW.device)]
+                rows, tokens = np.concatenate([rows, new]), np.concatenate([tokens, work.take(new, logits_BW)])
+            else:
+                tokens = work.take(rows, decoder.step(tokens))
+            left = np.flatnonzero(work.open[rows])
+            if not len(left) and not decoder.refills:
+                rows, tokens = rows[:0], tokens[:0]
+            elif len(left) <= len(rows) * (1 - COMPACT_SHARE):
+                order = decoder.keep(left.tolist())
+                rows, tokens = rows[order], tokens[order]
+
+
+class _Work:
+    """Requests and what they have got so far. Arrays are indexed by request."""
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], params: SampleParams, keys: Sequence[str], window: int, ends: tuple[int, ...]
+    ) -> None:
+        self.prompts, self.params, self.keys = prompts, params, keys
+        room = np.array([window - len(prompt) for prompt in prompts], dtype=np.int64)
+        self.budget = np.minimum(params.max_tokens, room)
+        self.full = [StopReason.LENGTH if params.max_tokens <= left else StopReason.CONTEXT for left in room]
+        self.stop: list[StopReason | None] = [None if budget > 0 else StopReason.CONTEXT for budget in self.budget]
+        self.open = self.budget > 0
+        self.length = np.zeros(len(prompts), np.int64)
+        self.uniforms: dict[int, np.ndarray] = {}
+        self.ends = ends
+        self.stops = np.array(sorted({*ends, *params.stop_tokens}), dtype=np.int64)
+        top = params.top_k_logprobs
+        self.tokens_RT, self.logprobs_RT = np.zeros((len(prompts), 0), np.int64), np.zeros((len(prompts), 0), np.float32)
+        self.top_ids_RTK, self.top_logprobs_RTK = np.zeros((len(prompts), 0, top), np.int64), np.zeros((len(prompts), 0, top))
+
+    def in_order(self) -> np.ndarray:
+        """Requests to be done: short prompts first, equal prompts together."""
+        first: dict[tuple[int, ...], int] = {}
+        self.same = np.array([first.setdefault(tuple(prompt), n) for n, prompt in enumerate(self.prompts)], dtype=np.int64)
+        found = np.flatnonzero(self.open)
+        lengths = np.array([len(self.prompts[n]) for n in found])
+        return found[np.lexsort((found, self.same[found], lengths))] if len(found) else found
+
+    def prompts_of(self, requests: np.ndarray) -> tuple[list[Sequence[int]], np.ndarray, list[int]]:
+        """The different prompts of neighbouring requests, the number of each request's prompt, and requests per prompt."""
+        firsts, places, counts = np.unique(self.same[requests], return_inverse=True, return_counts=True)
+        # np.unique sorts by request; the order in which prompts appear is wanted
+        appear = np.unique(places, return_index=True)[1].argsort()
+        rank = np.empty_like(appear)
+        rank[appear] = np.arange(len(appear))
+        return [self.prompts[n] for n in firsts[appear]], rank[places], counts[appear].tolist()
+
+    def take(self, requests: np.ndarray, logits_BW: torch.Tensor) -> np.ndarray:
+        """Chooses the next token of each request and notes it; i64[B]. Requests that are finished get one that nobody sees."""
+        params, device = self.params, logits_BW.device
+        uniforms_B = None
+        if params.temperature > 0:
+            uniforms_B = torch.tensor([self._uniform(n) for n in requests.tolist()], dtype=torch.float64, device=device)
+        chosen = choose(logits_BW, uniforms_B, params.temperature, params.top_p, params.top_k_logprobs)
+        tokens, logprobs = chosen.tokens.cpu().numpy(), chosen.logprobs.cpu().numpy()
+        if not np.isfinite(logprobs).all():
+            raise NumericsError("the model's logits are not finite", where=f"sampling, {len(requests)} rows")
+        self._note(requests, tokens, logprobs, chosen)
+        return tokens
+
+    def _uniform(self, request: int) -> float:
+        if not self.open[request]:
+            return 0.0
+        if request not in self.uniforms:
+            budget = int(self.budget[request])
+            self.uniforms[request] = rng(self.params.seed, "sample", self.keys[request]).random(budget)
+        return self.uniforms[request][self.length[request]]
+
+    def _note(self, requests: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, chosen: Chosen) -> None:
+        live = np.flatnonzero(self.open[requests])
+        rows, at = requests[live], self.length[requests[live]]
+        while len(at) and at.max() >= self.tokens_RT.shape[1]:
+            self._grow()
+        self.tokens_RT[rows, at], self.logprobs_RT[rows, at] = tokens[live], logprobs[live]
+        if chosen.top_ids is not None and chosen.top_logprobs is not None:
+            self.top_ids_RTK[rows, at] = chosen.top_ids.cpu().numpy()[live]
+            self.top_logprobs_RTK[rows, at] = chosen.top_logprobs.cpu().numpy()[live]
+        self.length[rows] += 1
+        stopped = np.isin(tokens[live], self.stops)
+        for place in np.flatnonzero(stopped | (self.length[rows] >= self.budget[rows])):
+            request, token = int(rows[place]), int(tokens[live[place]])
+            ended = StopReason.EOS if token in self.ends else StopReason.STOP_TOKEN
+            self.stop[request] = ended if stopped[place] else self.full[request]
+            self.open[request] = False
+            self.uniforms.pop(request, None)
+
+    def _grow(self) -> None:
+        for name in ("tokens_RT", "logprobs_RT", "top_ids_RTK", "top_logprobs_RTK"):
+            old = getattr(self, name)
+            more = np.zeros((old.shape[0], max(32, old.shape[1]), *old.shape[2:]), old.dtype)
+            setattr(self, name, np.concatenate([old, more], axis=1))
+
+    def completions(self, policy_version: int) -> list[Completion]:
         done = []
-        for row in rows:
-            assert row.stop is not None
-            done.append(Completion(tuple(row.tokens), tuple(row.logprobs), row.stop, self.policy_version))
+        for n, stop in enumerate(self.stop):
+            assert stop is not None
+            end = int(self.length[n])
+            top: tuple = ()
+            if self.params.top_k_logprobs:
+                pairs = zip(self.top_ids_RTK[n, :end].tolist(), self.top_logprobs_RTK[n, :end].tolist())
+                top = tuple((tuple(ids), tuple(values)) for ids, values in pairs)
+            tokens, logprobs = tuple(self.tokens_RT[n, :end].tolist()), tuple(self.logprobs_RT[n, :end].tolist())
+            done.append(Completion(tokens, logprobs, stop, policy_version, top))
         return done
 
-    def _rows(self, prompts: Sequence[Sequence[int]], params: SampleParams, keys: Sequence[str]) -> list[_Row]:
-        if len(prompts) != len(keys):
-            raise DataError(f"{len(prompts)} prompts came with {len(keys)} keys", allowed="one key per prompt")
-        if params.temperature > 0 and len(set(keys)) != len(keys):
-            twice = next(key for key in keys if list(keys).count(key) > 1)
-            raise DataError(
-                "two requests have the same key, so their draws would be equal",
-                got=twice,
-                next="Put the sample's index into the key",
-            )
-        rows = []
-        for index, (prompt, key) in enumerate(zip(prompts, keys)):
-            if not len(prompt):
-                raise DataError("a prompt needs at least one token", where=key)
-            room = self.window - len(prompt)
-            budget = min(params.max_tokens, room)
-            draws = rng(params.seed, "sample", key).random(budget) if params.temperature > 0 and budget > 0 else None
-            full = StopReason.LENGTH if params.max_tokens <= room else StopReason.CONTEXT
-            row = _Row(index=index, prompt=prompt, budget=budget, uniforms=draws, full=full)
-            if budget < 1:
-                row.stop = StopReason.CONTEXT
-            rows.append(row)
-        return rows
 
-    def _decode(self, rows: list[_Row], params: SampleParams) -> None:
-        """Fills `rows` in place: one prefill with left padding, then one token per step for all rows."""
-        from transformers import DynamicCache
-
-        device = next(self.model.parameters()).device
-        tokens_BT, mask_BT, positions_BT = self._padded(rows, device)
-        cache = DynamicCache(config=self.model.config)
-        ends = self.eos_ids or params.stop_tokens[:1]
-        logits_BW = self._forward(tokens_BT, mask_BT, positions_BT, cache)
-        alive = rows
-        with absorbed_decoding(self.model, enabled=self.absorb):
-            while True:
-                chosen_B = self._choose(logits_BW, alive, params, ends, device)
-                left = [n for n, row in enumerate(alive) if row.stop is None]
-                if not left:
-                    return
-                tokens_BT, positions_BT = chosen_B[:, None], positions_BT[:, -1:] + 1
-                if mask_BT is not None:
-                    mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
-                if len(left) <= len(alive) * (1 - COMPACT_SHARE):
-                    kept_B = torch.tensor(left, device=device)
-                    cache.reorder_cache(kept_B)
-                    tokens_BT, positions_BT = tokens_BT[kept_B], positions_BT[kept_B]
-                    mask_BT = mask_BT[kept_B] if mask_BT is not None else None
-                    alive = [alive[n] for n in left]
-                logits_BW = self._forward(tokens_BT, mask_BT, positions_BT, cache)
-
-    def _forward(
-        self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor | None, positions_BT: torch.Tensor, cache: Any
-    ) -> torch.Tensor:
-        """Logits f32[B, W] after the last of the new tokens; the cache grows by them."""
-        output = self.model(
-            input_ids=tokens_BT,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+def _check_requests(prompts: Sequence[Sequence[int]], params: SampleParams, keys: Sequence[str]) -> None:
+    if len(prompts) != len(keys):
+        raise DataError(f"{len(prompts)} prompts came with {len(keys)} keys", allowed="one key per prompt")
+    if params.temperature > 0 and len(set(keys)) != len(keys):
+        twice = next(key for key in keys if list(keys).count(key) > 1)
+        raise DataError(
+            "two requests have the same key, so their draws would be equal",
+            got=twice,
+            next="Put the sample's index into the key",
         )
-        return output.logits[:, -1].float()
-
-    def _padded(self, rows: list[_Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Tokens, mask (None if nothing is padded) and positions of the prompts, padded on the left."""
-        longest = max(len(row.prompt) for row in rows)
-        tokens_BT = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
-        mask_BT = np.zeros((len(rows), longest), dtype=np.int64)
-        for n, row in enumerate(rows):
-            tokens_BT[n, longest - len(row.prompt) :] = row.prompt
-            mask_BT[n, longest - len(row.prompt) :] = 1
-        positions_BT = np.maximum(mask_BT.cumsum(axis=1) - 1, 0)
-        mask = None if mask_BT.all() else torch.from_numpy(mask_BT).to(device)
-        return torch.from_numpy(tokens_BT).to(device), mask, torch.from_numpy(positions_BT).to(device)
-
-    def _choose(
-        self, logits_BW: torch.Tensor, alive: list[_Row], params: SampleParams, ends: tuple[int, ...], device: torch.device
-    ) -> torch.Tensor:
-        """The next token of each row, i64[B]; rows that are still open get it, its log-probability and, if so, their end."""
-        if params.temperature > 0:
-            # A finished row that waits for the next compaction still needs some number; its token is thrown away.
-            draws = [0.0 if row.stop is not None else row.uniforms[len(row.tokens)] for row in alive]  # type: ignore[index]
-            uniforms_B = torch.tensor(draws, dtype=torch.float64, device=device)
-            chosen_B = draw(logits_BW, uniforms_B, params.temperature, params.top_p)
-        else:
-            chosen_B = logits_BW.argmax(dim=-1)
-        logprobs_B = logits_BW.gather(1, chosen_B[:, None])[:, 0] - logits_BW.logsumexp(dim=-1)
-        if not torch.isfinite(logprobs_B).all():
-            raise NumericsError("the model's logits are not finite", where=f"sampling, {len(alive)} rows")
-        for row, token, logprob in zip(alive, chosen_B.tolist(), logprobs_B.tolist()):
-            if row.stop is not None:
-                continue
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            if token in ends:
-                row.stop = StopReason.EOS
-            elif token in params.stop_tokens:
-                row.stop = StopReason.STOP_TOKEN
-            elif len(row.tokens) == row.budget:
-                row.stop = row.full
-        return chosen_B
-
-
-def draw(logits_BW: torch.Tensor, uniforms_B: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
-    """Tokens i64[B] by inversion: the first token, in vocabulary order, at which the cumulative probability exceeds the uniform.
-
-    The distribution is softmax(logits / temperature), restricted to the nucleus (the fewest most probable tokens that together
-    reach `top_p`; Holtzman et al. 2020, arXiv:1904.09751) and renormalised. Vocabulary order, not order of probability, keeps
-    the map from uniform to token continuous in the logits: rounding moves a boundary by an ulp and cannot swap two tokens.
-    """
-    probs_BW = (logits_BW.double() / temperature).softmax(dim=-1)
-    if top_p < 1:
-        sorted_BW, order_BW = probs_BW.sort(dim=-1, descending=True, stable=True)
-        before_BW = sorted_BW.cumsum(dim=-1) - sorted_BW
-        kept_BW = torch.zeros_like(probs_BW, dtype=torch.bool).scatter_(1, order_BW, before_BW < top_p)
-        probs_BW = probs_BW * kept_BW
-    cumulative_BW = probs_BW.cumsum(dim=-1)
-    total_B1 = cumulative_BW[:, -1:]
-    # u < 1, but u * total may round up to total, beyond which no token lies.
-    target_B1 = torch.minimum(uniforms_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(cumulative_BW, target_B1, right=True)[:, 0].clamp(max=logits_BW.shape[-1] - 1)
+    for prompt, key in zip(prompts, keys):
+        if not len(prompt):
+            raise DataError("a prompt needs at least one token", where=key)
 
 
 def check_params(params: SampleParams) -> None:
@@ -218,6 +214,8 @@ def check_params(params: SampleParams) -> None:
         raise RecipeError("temperature must not be negative", got=params.temperature, allowed="0 (greedy) or more")
     if not 0 < params.top_p <= 1:
         raise RecipeError("top_p is a share of probability", got=params.top_p, allowed="more than 0, at most 1")
+    if params.top_k_logprobs < 0:
+        raise RecipeError("top_k_logprobs must not be negative", got=params.top_k_logprobs, allowed="0 (none) or more")
 
 
 @contextmanager

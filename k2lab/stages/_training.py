@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -76,6 +76,9 @@ class Training(Stage):
             raise RecipeError("early_stop needs validation: set valid_every", where=f"{where}.early_stop")
         check_batch(self.global_batch, self.per_device_batch, 1, where)
 
+    def check_ranks(self, where: str, world: int) -> None:
+        check_batch(self.global_batch, self.per_device_batch, world, where)
+
     def plan_inputs(self, name: str, model: Any, gpus: int = 1) -> PlanInput:
         check_batch(self.global_batch, self.per_device_batch, gpus, f"stage.{name}")
         return PlanInput(
@@ -128,10 +131,14 @@ def execute(
     tokenizer_source: Path,
     vocab_size: int,
     objective: Any,
+    model_spec: Any = None,
 ) -> None:
     """Builds model and optimizer, trains with the one loop, saves a model directory into `ctx.work`.
 
-    `make_feed(rank, world)` gives the feed, `valid(rank, world)` this rank's validation batches.
+    `make_feed(rank, world)` gives the feed, `valid(rank, world)` this rank's validation batches. The feed is made before any
+    model is loaded: its `gives` (names of streams, and "pairs") must cover what the objective needs, else RecipeError. A feed
+    that draws from the model in training has a method `attach(model)`, called once the model is there; what its `facts()` says
+    about a step goes into the step's event. A stage without `start` trains a fresh model of `model_spec`, by default the recipe's.
     """
     import torch
 
@@ -142,13 +149,15 @@ def execute(
     from k2lab.models import build
 
     rank, world, device = mesh.init(ctx.device)
-    check_batch(stage.global_batch, stage.per_device_batch, world, f"stage.{ctx.name}")
+    stage.check_ranks(f"stage.{ctx.name}", world)
+    feed = make_feed(rank, world)
+    check_streams(objective, feed.gives, f"stage.{ctx.name}")
     dtype = torch.float32 if stage.precision == "fp32" else torch.bfloat16
     spec = None
     if stage.start is not None:
         model = build.load(ctx.parent("start").path, dtype=dtype, device=device)
     else:
-        spec = specs.from_recipe(ctx.model)
+        spec = model_spec if model_spec is not None else specs.from_recipe(ctx.model)
         model = build.from_spec(spec, seed=ctx.seed, dtype=dtype, device=device)
     if model.vocab_size < vocab_size:
         raise RecipeError(
@@ -159,7 +168,8 @@ def execute(
     tau = getattr(stage.optim, "tau", None)
     model.capture_max_logits(tau)
     optim = stage.optim.build(model.named_parameters(), model.row_layouts())
-    feed = make_feed(rank, world)
+    if hasattr(feed, "attach"):
+        feed.attach(model)
     total = stage.total_steps(tokens_in_data)
     peak = peak_flops(device)
     run = TrainRun(
@@ -180,6 +190,7 @@ def execute(
         flops_per_token=model.flops_per_token(stage.seq_len),
         peak_flops=peak,
         objective=objective,
+        facts=getattr(feed, "facts", None),
     )
     done = run.resume(model, optim, feed)
     ctx.options["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -195,6 +206,19 @@ def execute(
         copy_tokenizer(tokenizer_source, ctx.work)
         ctx.facts.update(
             training=facts, parameters=sum(p.numel() for _, p in model.named_parameters()), table_hash=optim.table_hash()
+        )
+
+
+def check_streams(objective: Any, gives: Collection[str], where: str) -> None:
+    """RecipeError unless a feed that `gives` these streams has all that the objective needs."""
+    missing = [name for name in objective.needs if name not in gives]
+    if missing:
+        raise RecipeError(
+            f"the objective {type(objective).__name__} needs {' and '.join(missing)}, which this stage's data does not carry",
+            where=where,
+            got=", ".join(sorted(gives)) or "tokens and weights only",
+            allowed="data with " + ", ".join(objective.needs),
+            next="Choose another objective or another kind of stage for this data",
         )
 
 

@@ -6,43 +6,22 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from k2lab.core.errors import DataError, RecipeError
 from k2lab.core.stage import CheckpointRef, Dataset, RunFlag, Slot, Stage, StageContext, Tokens
+from k2lab.stages._task_groups import TaskGroup
+
+if TYPE_CHECKING:
+    from k2lab.eval.measured import Metrics
 
 BITS = "bits_per_byte"
-SHAPES = {"ends with <|im_end|>": "eos_rate", "non-empty": "non_empty", "no other special token": "no_other_special"}
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """One metric of one model: its estimate, how to read it, and the per-item values that paired changes need
-    (`bottom` None: a mean of `top`; else a ratio of sums)."""
-
-    estimate: Any
-    unit: str
-    better: Literal["lower", "higher"]
-    settings: str
-    top: Any
-    bottom: Any = None
-
-    def change_from(self, old: _Measured | None) -> Any:
-        """The paired change since `old`, or None where the two were not measured on the same items."""
-        from k2lab.eval import stats
-
-        if old is None or len(old.top) != len(self.top):
-            return None
-        if self.bottom is None:
-            return stats.paired_change(old.top, self.top)
-        if (old.bottom != self.bottom).any():  # another tokenizer: counts of tokens differ
-            return None
-        return stats.paired_ratio_change(old.top, self.top, self.bottom, 0, "change")
+TASK_FIELDS = ("instructions", "task_data")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Stage):
-    """Bits per byte, response loss, verified tasks (avg@k, 95 % intervals) and samples; non-thinking, greedy by default."""
+    """Bits per byte, response loss, verified tasks (avg@k, 95 % intervals) and samples; plain prompts, greedy by default."""
 
     kind: ClassVar[str] = "report"
     version: ClassVar[int] = 1
@@ -56,7 +35,12 @@ class Evaluate(Stage):
     tokens: Tokens | None = None
     # Held-out instructions for response loss and tasks.
     instructions: Dataset | None = None
+    # Further data sets whose held-out records tasks are made from (records with an answer are tasks).
+    task_data: list[Dataset] = field(default_factory=tuple)  # type: ignore[assignment]
+    # Tasks asked with the settings below (k, temperature, max_tokens), and groups of tasks with settings of their own, such as
+    # { tasks = [{ type = "answered", limit = 500 }], k = 4, temperature = 1.0, max_tokens = 96, pass_at = [1, 4] }.
     tasks: list[Annotated[Any, Slot("task")]] = field(default_factory=tuple)  # type: ignore[assignment]
+    task_groups: list[TaskGroup] = field(default_factory=tuple)  # type: ignore[assignment]
     # Longest piece of a document that is scored at once.
     seq_len: int = 256
     # Samples per task, temperature and token limit; k > 1 needs a temperature.
@@ -76,12 +60,20 @@ class Evaluate(Stage):
             raise RecipeError("name at least one model to evaluate", where=f"{where}.models")
         if len(set(self.models)) != len(self.models):
             raise RecipeError("a model is named twice", where=f"{where}.models", got=", ".join(self.models))
-        if self.k < 1 or (self.k > 1 and self.temperature <= 0):
-            raise RecipeError("k samples need a temperature above 0, else all are equal", where=f"{where}.k", got=self.k)
-        if self.best_of_n and self.k == 1:
-            raise RecipeError("best_of_n needs k > 1", where=f"{where}.best_of_n")
-        if self.tasks and self.instructions is None:
-            raise RecipeError("tasks are made from `instructions`: name that data set", where=f"{where}.tasks")
+        self._own_group().check(where)
+        for n, group in enumerate(self.task_groups):
+            group.check(f"{where}.task_groups[{n}]")
+        if (self.tasks or self.task_groups) and self.instructions is None and not self.task_data:
+            raise RecipeError(
+                "tasks are made from `instructions` and `task_data`: name a data set",
+                where=f"{where}.{'tasks' if self.tasks else 'task_groups'}",
+            )
+
+    def _own_group(self) -> TaskGroup:
+        """The tasks that are asked with the stage's own settings."""
+        return TaskGroup(
+            tasks=self.tasks, k=self.k, temperature=self.temperature, max_tokens=self.max_tokens, best_of_n=self.best_of_n
+        )
 
     def fingerprint(self) -> str:
         """Identity of the prompts file."""
@@ -94,9 +86,13 @@ class Evaluate(Stage):
         return file_sha256(Path(self.prompts_jsonl))
 
     def run(self, ctx: StageContext) -> None:
+        from k2lab.eval import measured as measuring
         from k2lab.eval.results import Results
 
+        self._note_overlap(ctx)
         subjects = list(self._subjects(ctx))
+        for other in sorted({ref for group in self.task_groups for ref in group.models} - set(self.models)):
+            ctx.events.emit("note", text=f"a group of tasks is for the model {other!r}, which is not measured here")
         results = Results()
         measured: dict[str, dict[str, Any]] = {}
         for number, (name, artifact, before) in enumerate(subjects):
@@ -105,17 +101,12 @@ class Evaluate(Stage):
             results.add_model(
                 name, stage=name if artifact is not None else None, label=name if artifact is not None else "untrained"
             )
-            found = self._measure(ctx, model, tokenizer, untrained=artifact is None)
+            found = self._measure(ctx, model, tokenizer, name if artifact is not None else None)
             measured[name] = found
-            for metric, item in found["metrics"].items():
-                results.add_metric(name, metric, item.estimate, unit=item.unit, better=item.better, settings=item.settings)
+            measuring.add(results, name, found["metrics"])
             results.add_samples(name, found["samples"])
             if before is not None:
-                results.add_step(before, name)
-                for metric, item in found["metrics"].items():
-                    change = item.change_from(measured[before]["metrics"].get(metric))
-                    if change is not None:
-                        results.add_change(before, name, metric, change)
+                measuring.add_step(results, (before, measured[before]["metrics"]), (name, found["metrics"]))
         ctx.events.emit("progress", done=len(subjects), total=len(subjects), unit="models")
         self._baselines(ctx, results)
         results.write(ctx.work / "results.json")
@@ -150,19 +141,21 @@ class Evaluate(Stage):
             return model, text_tokenizer.load(first.path)
         return build.load(artifact.path, device=device), text_tokenizer.load(artifact.path)
 
-    def _measure(self, ctx: StageContext, model: Any, tokenizer: Any, untrained: bool) -> dict[str, Any]:
-        metrics: dict[str, _Measured] = {}
+    def _measure(self, ctx: StageContext, model: Any, tokenizer: Any, name: str | None) -> dict[str, Any]:
+        """Metrics and samples of one model; `name` None for the untrained one."""
+        metrics: Metrics = {}
         self._text(ctx, model, tokenizer, metrics)
         self._answers(ctx, model, tokenizer, metrics)
         samples = []
-        if not untrained:  # an untrained model's answers are noise: the first trained one is where tasks begin
-            samples = self._tasks(ctx, model, tokenizer, metrics)
+        if name is not None:  # an untrained model's answers are noise: the first trained one is where tasks begin
+            samples = self._tasks(ctx, model, tokenizer, name, metrics)
         samples = [*self._canned(ctx, model, tokenizer), *samples]
         return {"metrics": metrics, "samples": samples}
 
-    def _text(self, ctx: StageContext, model: Any, tokenizer: Any, metrics: dict[str, _Measured]) -> None:
+    def _text(self, ctx: StageContext, model: Any, tokenizer: Any, metrics: Metrics) -> None:
         from k2lab.data.shards import TokenReader
         from k2lab.eval.bits import document_bits, documents
+        from k2lab.eval.measured import Measured
 
         if self.tokens is None:
             return
@@ -173,8 +166,8 @@ class Evaluate(Stage):
         settings = f"pieces of {self.seq_len} tokens"
         for domain in sorted(set(found.domain)):
             part = found.of(domain)
-            metrics[f"{BITS}/{domain}"] = _Measured(part.bits_per_byte(), "bits/byte", "lower", settings, part.bits, part.bytes)
-        metrics[BITS] = _Measured(found.bits_per_byte(), "bits/byte", "lower", settings, found.bits, found.bytes)
+            metrics[f"{BITS}/{domain}"] = Measured(part.bits_per_byte(), "bits/byte", "lower", settings, part.bits, part.bytes)
+        metrics[BITS] = Measured(found.bits_per_byte(), "bits/byte", "lower", settings, found.bits, found.bytes)
 
     @staticmethod
     def _held_out(parent: Any, tokenizer: Any) -> list[Any]:
@@ -197,7 +190,8 @@ class Evaluate(Stage):
 
         return list(shards.read_records(ctx.parent("instructions").path, "valid")) if self.instructions is not None else []
 
-    def _answers(self, ctx: StageContext, model: Any, tokenizer: Any, metrics: dict[str, _Measured]) -> None:
+    def _answers(self, ctx: StageContext, model: Any, tokenizer: Any, metrics: Metrics) -> None:
+        from k2lab.eval.measured import Measured
         from k2lab.eval.response import Chat, response_loss
         from k2lab.stages._chats import messages_of
         from k2lab.text.chat import render
@@ -206,7 +200,7 @@ class Evaluate(Stage):
             return
         by_domain: dict[str, list[Any]] = {}
         for record in self._records(ctx):
-            rendered = render(messages_of(record), tokenizer, default_system=self.default_system)
+            rendered = render(messages_of(record), tokenizer, tools=record.get("tools"), default_system=self.default_system)
             if len(rendered.tokens) <= self.seq_len:
                 chat = Chat(rendered.tokens, rendered.trained, record["key"])
                 by_domain.setdefault(record.get("domain") or record["source"], []).append(chat)
@@ -216,37 +210,32 @@ class Evaluate(Stage):
             groups.append(("response_loss", [chat for _, chats in groups for chat in chats]))
         for name, chats in groups:
             found = response_loss(model, chats, tokenizer.special.values(), self.seq_len, tokens_per_batch=self.batch_tokens)
-            loss = _Measured(found.per_token(), "nats/token", "lower", settings, found.nats, found.tokens)
+            loss = Measured(found.per_token(), "nats/token", "lower", settings, found.nats, found.tokens)
             metrics[name] = loss
 
-    def _tasks(self, ctx: StageContext, model: Any, tokenizer: Any, metrics: dict[str, _Measured]) -> list[dict[str, str]]:
-        from k2lab.eval import stats
-        from k2lab.eval.tasks import run_tasks
+    def _tasks(self, ctx: StageContext, model: Any, tokenizer: Any, name: str, metrics: Metrics) -> list[dict[str, str]]:
+        from k2lab.eval import measured as measuring
         from k2lab.sampling.local import LocalSampler
+        from k2lab.stages import _task_groups
 
-        samples: list[dict[str, str]] = []
+        groups = [self._own_group(), *(group for group in self.task_groups if group.asks(name))]
+        if not any(group.tasks for group in groups):
+            return []
         sampler = LocalSampler(model.hf, tokenizer.pad_id, eos_id=tokenizer.im_end_id)
-        for item in self.tasks:
-            name = type(item).slot_name
-            run = run_tasks(
-                item.tasks(self._records(ctx)),
-                sampler,
-                tokenizer,
-                k=self.k,
-                temperature=self.temperature,
-                max_tokens=self.max_tokens,
-                seed=ctx.seed,
-                default_system=self.default_system,
-            )
-            metrics[f"{name}/avg@{self.k}"] = _Measured(run.avg_at_k(), "fraction", "higher", run.settings, run.scores_PK.mean(1))
-            if self.best_of_n:
-                best = stats.best_of_n(run.scores_PK)
-                metrics[f"{name}/best of {self.k}"] = _Measured(best, "fraction", "higher", run.settings, run.scores_PK.max(1))
-            for shape, table in run.shape_PK.items():
-                value = stats.avg_at_k(table)
-                metrics[f"{name}/{SHAPES[shape]}"] = _Measured(value, "fraction", "higher", run.settings, table.mean(1))
-            samples += run.samples(4)
+        records = _task_groups.held_out_records(ctx, TASK_FIELDS)
+        found, samples = _task_groups.measure(groups, records, sampler, tokenizer, ctx, default_system=self.default_system)
+        measuring.merge(metrics, found)
         return samples
+
+    def _note_overlap(self, ctx: StageContext) -> None:
+        """Says how many held-out tasks of `task_data` share a canonical key with training data."""
+        from k2lab.stages._task_groups import disjoint_from_training, held_out_records
+
+        if self.task_data:
+            counts = disjoint_from_training(ctx, TASK_FIELDS, held_out_records(ctx, ("task_data",)))
+            ctx.facts["disjoint"] = counts
+            shared = f"{counts['shared']} of which share a canonical key with training data"
+            ctx.events.emit("note", text=f"{counts['held_out']:,} held-out tasks, {shared}")
 
     def _canned(self, ctx: StageContext, model: Any, tokenizer: Any) -> list[dict[str, str]]:
         from k2lab.core.types import Message, SampleParams

@@ -13,7 +13,8 @@ from k2lab.core.rng import rng
 from k2lab.core.types import Sample
 from k2lab.data.feed import PackedFeed
 from k2lab.data.pack import cut, pack, piece
-from k2lab.data.samples import valid_batches
+from k2lab.data.samples import preference_unit, valid_batches
+from k2lab.text.chat import Rendered
 
 
 def sample(length: int, key: str = "s", first: int = 0, **streams) -> Sample:
@@ -58,6 +59,99 @@ def test_cut_predicts_each_token_exactly_once():
     assert trained.tolist() == list(range(1, 100))
     assert all(len(p.tokens) <= 32 for p in pieces)
     assert piece(whole, 0, 100) is whole
+
+
+def test_streams_of_columns_and_of_integers_are_shifted_like_the_others():
+    ids = np.arange(8, dtype=np.int32).reshape(4, 2)
+    a = sample(4, teacher_ids=ids, teacher_logprobs=-ids.astype(np.float64))
+    b = sample(2, teacher_ids=ids[:2], teacher_logprobs=np.zeros((2, 2), np.float16))
+    streams = pack([a, b]).streams_T
+    assert streams["teacher_ids"].dtype == np.int64 and streams["teacher_logprobs"].dtype == np.float32
+    assert streams["teacher_ids"].tolist() == [[2, 3], [4, 5], [6, 7], [0, 0], [2, 3], [0, 0]]
+    assert streams["teacher_logprobs"][:3].tolist() == [[-2, -3], [-4, -5], [-6, -7]]
+    with pytest.raises(DataError, match="another shape") as caught:
+        pack([a, sample(2, "other", teacher_ids=ids[:2, :1], teacher_logprobs=np.zeros((2, 1)))])
+    assert "other" in str(caught.value) and "(2, 2)" in str(caught.value)
+    with pytest.raises(DataError, match="another shape"):
+        pack([sample(4, logprobs=np.zeros(3, np.float32))])
+
+
+def units(count: int, longest: int = 20) -> list[tuple[Sample, Sample]]:
+    found = []
+    for n in range(count):
+        sizes = rng(3, "unit", n).integers(4, longest, 2)
+        sides = [Rendered(list(range(1000 * n + 500 * side, 1000 * n + 500 * side + size)), [False, False] + [True] * (size - 2))
+                 for side, size in enumerate(map(int, sizes))]  # fmt: skip
+        found.append(preference_unit(*sides, key=f"p{n}", source="pairs"))
+    return found
+
+
+def test_a_preference_unit_is_two_samples_of_one_pair():
+    chosen, rejected = preference_unit(Rendered([1, 2, 3], [False, False, True]), Rendered([1, 2, 4], [False, False, True]), "k")
+    assert (chosen.key, rejected.key) == ("k#chosen", "k#rejected")
+    assert chosen.pair[0] == rejected.pair[0] >= 0 and (chosen.pair[1], rejected.pair[1]) == (1, -1)
+    assert chosen.weight.tolist() == [0, 0, 1]
+    assert units(2)[0][0].pair[0] != units(2)[1][0].pair[0]
+    with pytest.raises(DataError, match="are equal") as caught:
+        preference_unit(Rendered([1, 2], [False, True]), Rendered([1, 2], [False, True]), "same")
+    assert "same" in str(caught.value)
+    with pytest.raises(DataError, match="rejected side .* no trained token"):
+        preference_unit(Rendered([1, 2], [False, True]), Rendered([1, 3], [True, False]), "k")
+
+
+def test_pairs_travel_with_the_batch_and_are_there_without_pairs():
+    pairs = units(3)
+    batch = pack([side for unit in pairs for side in unit] + [sample(5)])
+    assert batch.pair_S.dtype == np.int64 and batch.sign_S.dtype == np.float32
+    assert batch.pair_S.tolist() == [side.pair[0] for unit in pairs for side in unit] + [-1]
+    assert batch.sign_S.tolist() == [1, -1, 1, -1, 1, -1, 0]
+    plain = pack([sample(5), sample(4)])
+    assert plain.pair_S.tolist() == [-1, -1] and plain.sign_S.tolist() == [0, 0]
+    with pytest.raises(AssertionError, match="without the other"):
+        pack([pairs[0][0], pairs[1][1]])
+
+
+def test_units_stay_in_one_row_over_ranks_and_micro_batches():
+    pairs = units(30)
+    whole = feed(pairs, seq_len=64, fill="whole").take()[0]
+    assert len(whole.keys) % 2 == 0
+    parts = feed(pairs, seq_len=64, fill="whole", per_device_batch=1).take()
+    parts2 = [feed(pairs, seq_len=64, fill="whole", per_device_batch=2, world=2, rank=r).take()[0] for r in (0, 1)]
+    for some in (parts, parts2):
+        assert [key for part in some for key in part.keys] == list(whole.keys)
+        for part in some:
+            assert part.keys[::2] == tuple(key.replace("rejected", "chosen") for key in part.keys[1::2])
+            assert len(part.tokens_T) <= 64 * (4 // len(some))
+    assert feed(pairs, seq_len=64, fill="whole").gives == {"pairs"}
+    assert feed([sample(4, logprobs=np.zeros(4))]).gives == {"logprobs"}
+
+
+def test_every_unit_is_seen_once_an_epoch_and_the_last_may_meet_the_first_again():
+    pairs = units(7)
+    stream = feed(pairs, seq_len=64, fill="whole")
+    seen: list[str] = []
+    while stream.cursor()["epoch"] < 3:
+        seen += [key for batch in stream.take() for key in batch.keys]
+    firsts = seen[: 2 * len(pairs)]
+    assert sorted(firsts) == sorted(side.key for unit in pairs for side in unit)
+
+
+def test_a_unit_that_does_not_fit_is_refused_with_both_numbers():
+    too_long = units(1, longest=200)
+    with pytest.raises(DataError, match="more than seq_len = 16"):
+        feed(too_long, seq_len=16, fill="whole").take()
+    with pytest.raises(DataError, match="more than seq_len = 16"):
+        valid_batches(too_long, 16, 64, 100, seed=0, stage="s")
+
+
+def test_validation_keeps_units_whole_and_gives_idle_ranks_a_batch_that_counts_nothing():
+    pairs = units(8)
+    batches = valid_batches(pairs, 64, 64, 10_000, seed=1, stage="s")
+    assert sum(int((b.sign_S > 0).sum()) for b in batches) == 8
+    few = [valid_batches(pairs[:2], 64, 1000, 10_000, seed=1, stage="s", rank=r, world=3) for r in range(3)]
+    assert [len(rank) for rank in few] == [1, 1, 1]
+    assert [rank[0].num_tokens > 0 for rank in few] == [True, False, False]
+    assert not few[1][0].weight_T.any() and not few[1][0].sign_S.any() and (few[1][0].pair_S == -1).all()
 
 
 def test_split_feed_trains_every_token_of_an_epoch_once():

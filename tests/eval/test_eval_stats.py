@@ -164,3 +164,21 @@ def test_paired_ratio_change_resamples_documents_together():
 def test_impossible_requests_are_refused(call):
     with pytest.raises(DataError):
         call()
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets_of_k():
+    from itertools import combinations
+
+    scores_PK = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0], [0.5, 0.9, 0, 1, 0]])
+    for k in (1, 2, 3, 5):
+        wanted_P = [np.mean([(row[list(c)] >= 1).any() for c in combinations(range(5), k)]) for row in scores_PK]
+        assert stats.passes(scores_PK, k) == pytest.approx(wanted_P)
+        found = stats.pass_at_k(scores_PK, k)
+        assert found.value == pytest.approx(np.mean(wanted_P)) and found.low <= found.value <= found.high and found.n == 4
+    assert stats.pass_at_k(scores_PK, 5).method == "Wilson"  # all 0 or 1
+    binary = (scores_PK >= 1).astype(float)
+    assert stats.pass_at_k(binary, 1).value == pytest.approx(stats.avg_at_k(binary).value)
+    assert stats.pass_at_k(binary, 5).value == stats.best_of_n(binary).value
+    for k in (0, 6):
+        with pytest.raises(DataError, match=f"pass@{k}"):
+            stats.pass_at_k(scores_PK, k)

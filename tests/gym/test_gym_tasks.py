@@ -51,6 +51,11 @@ def test_user_reward_file_and_its_range(tmp_path):
     )
     task = Task(key="t", messages=ASK, answer="x", rewards=(str(path),))
     assert any("scores 1" in problem for problem in check_tasks([task]))
+    broken = dataclasses.replace(task, options={str(path): {"value": float("nan")}})
+    assert "outside [0, 1]" in check_tasks([broken])[0]
+    path.with_name("raises.py").write_text(path.read_text().replace("self.value", "1 / 0", 1).replace("return", "return 1 / 0,"))
+    raising = dataclasses.replace(task, rewards=(str(path.with_name("raises.py")),))
+    assert "a reward failed: ZeroDivisionError" in check_tasks([raising])[0]
     with pytest.raises(DataError, match="outside"):
         dataclasses.replace(task, options={str(path): {"value": 1.5}}).score("x")
 

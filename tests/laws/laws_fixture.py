@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from made_up import items
 
 from k2lab import specs
 from k2lab.core.rng import rng
@@ -37,26 +38,32 @@ def documents(count: int = 64) -> list[Sample]:
     return docs
 
 
-def feed_of(per_device_batch: int = 4, rank: int = 0, world: int = 1) -> PackedFeed:
-    docs = documents()
+def feed_of(per_device_batch: int = 4, rank: int = 0, world: int = 1, objective=None) -> PackedFeed:
+    """Rows of the documents; with an objective, of whole samples that carry what it needs."""
+    docs = documents() if objective is None else items(objective.needs, [doc.tokens[:40] for doc in documents()], VOCAB)
     return PackedFeed(
         docs,
         lambda epoch: rng(1, "order", epoch).permutation(len(docs)),
-        seq_len=64,
+        seq_len=64 if objective is None else 96,
         global_batch=4,
         per_device_batch=per_device_batch,
+        fill="split" if objective is None else "whole",
         rank=rank,
         world=world,
     )
 
 
-def one_backward(model, feed: PackedFeed, counts: dict[str, float] | None = None):
+def one_backward(model, feed: PackedFeed, objective=None):
     """(sums, metrics, gradients by name, tokens of the step in order) of one step without an update."""
     from k2lab.dist import mesh
 
-    objective = load("objective", "lm")()
+    objective = objective or load("objective", "lm")()
     micro = feed.take()
-    counts = mesh.sum_values({"lm": float(sum(objective.counts(batch)["lm"] for batch in micro))})
+    counts: dict[str, float] = {}
+    for batch in micro:
+        for name, count in objective.counts(batch).items():
+            counts[name] = counts.get(name, 0.0) + count
+    counts = mesh.sum_values(counts)
     sums, metrics = forward_backward(model, objective, micro, counts)
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return sums, metrics, grads, np.concatenate([batch.tokens_T for batch in micro])

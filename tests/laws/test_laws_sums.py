@@ -12,17 +12,19 @@ import pytest
 import torch
 from laws_fixture import feed_of, largest_relative, model_of, one_backward
 
+from k2lab.core import slots
+
 HERE = Path(__file__).parent
 
 
-def run_ranks(name: str, world: int, out: Path) -> list[dict]:
+def run_ranks(name: str, world: int, out: Path, *objective: str) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "law_worker.py"), name, str(out)],
+            [sys.executable, str(HERE / "law_worker.py"), name, str(out), *objective],
             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -51,6 +53,21 @@ def test_micro_batches_of_one_row_give_the_gradients_of_one_of_four(name, dtype,
         assert torch.equal(counts, metrics1.expert_counts[router])
 
 
+OBJECTIVES = [(name, n) for name in slots.names("objective") for n in range(len(slots.load("objective", name).examples()))]
+
+
+@pytest.mark.parametrize("name, number", OBJECTIVES)
+def test_every_objective_gives_the_same_in_micro_batches_of_one_row(name, number):
+    objective = slots.load("objective", name).examples()[number]
+    (sums, _, grads, tokens), (sums1, _, grads1, tokens1) = (
+        one_backward(model_of("tiny-k2", torch.float64), feed_of(rows, objective=objective), objective) for rows in (4, 1)
+    )
+    assert tokens.tolist() == tokens1.tolist()
+    assert sums1 == pytest.approx(sums, rel=1e-12, abs=1e-12)
+    assert largest_relative(grads1, grads) < 1e-12
+    assert max(float(grad.abs().max()) for grad in grads.values()) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-k2", "tiny-linear"])
 def test_two_ranks_equal_one(name, tmp_path):
@@ -71,6 +88,12 @@ def test_two_ranks_equal_one(name, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_to_twelve_digits_in_fp64(tmp_path):
-    alone = run_ranks("tiny-k2", 1, tmp_path / "one64")[0]
-    for rank in run_ranks("tiny-k2", 2, tmp_path / "two64"):
+    kinds = ("dpo", "kimi")  # counted by pairs, and by sequences; with maxima
+    alone = run_ranks("tiny-k2", 1, tmp_path / "one64", *kinds)[0]
+    two = run_ranks("tiny-k2", 2, tmp_path / "two64", *kinds)
+    for rank in two:
         assert largest_relative(rank["grads"], alone["grads"]) < 1e-12
+        for kind in kinds:
+            assert largest_relative(rank[kind]["grads"], alone[kind]["grads"]) < 1e-12
+            assert rank[kind]["sums"] == pytest.approx(alone[kind]["sums"], rel=1e-12, abs=1e-12)
+            assert torch.equal(torch.cat([r[kind]["tokens"] for r in two]), alone[kind]["tokens"])

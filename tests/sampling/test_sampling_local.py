@@ -6,7 +6,6 @@ from sampling_models import FAMILIES, tiny_k2
 from k2lab.core.errors import DataError, NumericsError, RecipeError
 from k2lab.core.rng import rng
 from k2lab.core.types import SampleParams, StopReason
-from k2lab.sampling._absorb import IMPLEMENTATION, absorbed_decoding
 from k2lab.sampling.local import LocalSampler, draw
 
 PROMPTS = [rng(0, "test", "prompt", n).integers(0, 96, size=length).tolist() for n, length in enumerate([5, 17, 1, 30, 9, 17, 2])]
@@ -35,9 +34,9 @@ def assert_same(first, second, tolerance=1e-5):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=tolerance)
 
 
-@pytest.mark.parametrize("absorb", [True, False])
-def test_greedy_is_the_argmax_of_full_forwards(model, absorb):
-    done = LocalSampler(model, pad_id=0, max_batch=4, absorb=absorb).sample(PROMPTS, SampleParams(max_tokens=12), KEYS)
+@pytest.mark.parametrize("decoder", [True, False])
+def test_greedy_is_the_argmax_of_full_forwards(model, decoder):
+    done = LocalSampler(model, pad_id=0, max_batch=4, decoder=decoder).sample(PROMPTS, SampleParams(max_tokens=12), KEYS)
     for prompt, completion in zip(PROMPTS, done):
         tokens = list(completion.tokens)
         assert len(tokens) == 12
@@ -166,24 +165,6 @@ def test_model_is_left_as_it_was(k2):
     loss = k2(input_ids=torch.tensor([PROMPTS[0]]), labels=torch.tensor([PROMPTS[0]])).loss
     loss.backward()  # nothing cached while sampling may be an inference tensor
     k2.zero_grad(set_to_none=True)
-
-
-def test_absorbed_decoding_applies_to_every_family(model):
-    with absorbed_decoding(model) as applied:
-        assert applied
-
-
-def test_absorbed_decoding_applies_to_plain_latent_attention_only(k2):
-    with absorbed_decoding(k2) as applied:
-        assert applied
-        assert k2.config._attn_implementation == IMPLEMENTATION
-    with absorbed_decoding(k2, enabled=False) as applied:
-        assert not applied
-    adapted = tiny_k2()
-    layer = adapted.model.layers[0].self_attn
-    layer.kv_b_proj.register_parameter("adapter", torch.nn.Parameter(torch.zeros(1)))
-    with absorbed_decoding(adapted) as applied:
-        assert not applied
 
 
 def test_wrong_requests_are_refused(k2):

@@ -93,13 +93,16 @@ def write(folder: Path, spec: str = "tiny-k2") -> Path:
     return path
 
 
-def k2(*arguments: str, cwd: Path | None = None, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+def k2(
+    *arguments: str, cwd: Path | None = None, check: bool = True, input: str | None = None, **env: str
+) -> subprocess.CompletedProcess:
     """Runs the command line in its own process with one thread."""
     done = subprocess.run(
         [sys.executable, "-m", "k2lab", *arguments],
         cwd=cwd,
         env=environment(**env),
         capture_output=True,
+        input=input,
         text=True,
         timeout=300,
     )

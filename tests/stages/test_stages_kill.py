@@ -15,9 +15,9 @@ from k2lab.core.events import read
 from k2lab.core.rng import rng
 
 
-def start(recipe: Path, run_dir: Path) -> subprocess.Popen:
+def start(recipe: Path, run_dir: Path, *overrides: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "k2lab", "run", str(recipe), "--run-dir", str(run_dir), "--quiet"],
+        [sys.executable, "-m", "k2lab", "run", str(recipe), *overrides, "--run-dir", str(run_dir), "--quiet"],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

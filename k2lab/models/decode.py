@@ -1,0 +1,167 @@
+"""Decoding many rows, one token per step, on the weights of a model that `swap` has prepared.
+
+The same function as transformers' forward with a cache, without what that costs per token: modules and hooks, masks, caches that
+are concatenated anew. Keys and values of a prompt are stored once for all rows that continue it, and each prompt is one product
+for all of its rows; a row's own tokens lie in preallocated memory. Latent attention is absorbed: with k_t = W_k c_t and
+v_t = W_v c_t, q . k_t = (W_k^T q) . c_t and sum_t p_t v_t = W_v sum_t p_t c_t (DeepSeek-V2, arXiv:2405.04434, section 2.1.2), so
+the cached latents are never expanded. Prompts run through the model itself.
+
+Legend: `B` rows, `G` stored prompts, `P` prompts that begin, `T` tokens, `D` width, `W` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from k2lab.models import attention
+from k2lab.models.decode_layers import New, Places, Rope, kind_of, linear, mlp_of, plain_mlp, rms
+
+PAD_ROWS = 16  # rows are padded to a multiple of this, so that few shapes of products occur
+SHARED = 8  # most rows that share one stored prompt
+ROPES = ("default", "yarn", "linear", "llama3")  # kinds whose angles depend on the position alone
+
+
+def supports(hf: Any) -> bool:
+    """True if every layer of the transformers model `hf` is one that `Decoder` knows, without adapters, hooks or dropout."""
+    config = hf.config
+    layers = getattr(hf.base_model, "layers", None)
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if layers is None or rope not in ROPES or getattr(config, "_attn_implementation", "") != attention.NAME:
+        return False
+    for module in hf.modules():
+        if isinstance(module, torch.nn.Linear) and not {n for n, _ in module.named_parameters()} <= {"weight", "bias"}:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+    return all(kind_of(layer.self_attn) and plain_mlp(layer.mlp) for layer in layers)
+
+
+def decoder(hf: Any, pad_id: int) -> Decoder | None:
+    """A decoder for `hf`, or None if it does not know all of its layers."""
+    return Decoder(hf, pad_id) if supports(hf) else None
+
+
+class Decoder:
+    """Rows under way. `start` adds rows at the end, `step` gives every row one token, `keep` drops the finished ones.
+
+    Logits are f32. Use inside `torch.inference_mode()`, the model in evaluation mode and its weights unchanged meanwhile.
+    """
+
+    refills = True  # rows may be started while others are under way
+
+    def __init__(self, hf: Any, pad_id: int = 0) -> None:
+        assert supports(hf), "ask `supports` first"
+        self.hf, self.pad_id = hf, pad_id
+        self.embedding = hf.get_input_embeddings().weight
+        self.head = hf.get_output_embeddings()
+        self.device = self.embedding.device
+        self.final_norm = hf.base_model.norm
+        self.layers = [(layer, kind_of(layer.self_attn)(layer.self_attn)) for layer in hf.base_model.layers]
+        self.rope = Rope(hf, self.embedding) if hasattr(hf.base_model, "rotary_emb") else None
+        self.prompt_B, self.own_B = np.zeros(0, np.int64), np.zeros(0, np.int64)  # stored prompt, own tokens of each row
+        self.length_G = np.zeros(0, np.int64)
+        self.places = Places()
+
+    def __len__(self) -> int:
+        """Rows under way."""
+        return len(self.prompt_B)
+
+    # ------------------------------------------------------------ rows come and go
+
+    def start(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tensor:
+        """Runs the prompts and adds `counts[p]` rows that continue prompt p; logits f32[P, W] after each prompt."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        hidden_PD, cache, padding = self._prefill(prompts, lengths)
+        share = max(1, min(SHARED, sum(counts) // len(prompts)))
+        stored = np.repeat(np.arange(len(prompts)), [-(-count // share) for count in counts])  # prompt of each new store
+        owner = np.repeat(np.arange(len(prompts)), counts)  # prompt of each new row
+        within = np.concatenate([np.arange(count) for count in counts])
+        first = np.concatenate([[0], np.cumsum([-(-count // share) for count in counts])[:-1]])
+        old_G, old_B = len(self.length_G), len(self)
+        self.prompt_B = np.concatenate([self.prompt_B, old_G + first[owner] + within // share])
+        self.own_B = np.concatenate([self.own_B, np.zeros(len(owner), np.int64)])
+        self.length_G = np.concatenate([self.length_G, lengths[stored]])
+        new = New(
+            stored=torch.from_numpy(stored).to(self.device),
+            owner=torch.from_numpy(owner).to(self.device),
+            padding=torch.from_numpy(padding).to(self.device),
+            lengths=torch.from_numpy(lengths).to(self.device),
+            groups=slice(old_G, old_G + len(stored)),
+            rows=slice(old_B, old_B + len(owner)),
+            rows_padded=_padded(len(self)),
+        )
+        for number, (_, part) in enumerate(self.layers):
+            part.admit(cache.layers[number], new)
+        self.places.forget()
+        return self.head(hidden_PD).float()
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray) -> tuple[torch.Tensor, Any, np.ndarray]:
+        """Last hidden states [P, D], transformers' cache and the padding on the left of each prompt i64[P]."""
+        from transformers import DynamicCache
+
+        longest = int(lengths.max())
+        tokens_PT = np.full((len(prompts), longest), self.pad_id, dtype=np.int64)
+        for p, prompt in enumerate(prompts):
+            tokens_PT[p, longest - len(prompt) :] = prompt
+        padding = longest - lengths
+        mask_PT = (np.arange(longest) >= padding[:, None]).astype(np.int64)
+        positions_PT = np.maximum(np.arange(longest) - padding[:, None], 0)
+        cache = DynamicCache(config=self.hf.config)
+        out = self.hf.base_model(
+            input_ids=torch.from_numpy(tokens_PT).to(self.device),
+            attention_mask=torch.from_numpy(mask_PT).to(self.device) if padding.any() else None,
+            position_ids=torch.from_numpy(positions_PT).to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1], cache, padding
+
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """Drops all rows but these. Returns the rows in their new order: entry i is the former number of row i."""
+        order, moves = _closed_up(len(self), rows)
+        groups, group_moves = _closed_up(len(self.length_G), np.unique(self.prompt_B[order]).tolist())
+        renamed = np.full(len(self.length_G), -1)
+        renamed[groups] = np.arange(len(groups))
+        self.prompt_B, self.own_B = renamed[self.prompt_B[order]], self.own_B[order]
+        self.length_G = self.length_G[groups]
+        longest, own = int(self.length_G.max(initial=0)), int(self.own_B.max(initial=0))
+        for _, part in self.layers:
+            part.move(moves, group_moves, longest, own)
+        self.places.forget()
+        return order
+
+    # ------------------------------------------------------------ one token
+
+    def step(self, tokens: Any) -> torch.Tensor:
+        """Appends `tokens[i]` to row i; logits f32[rows, W] after it."""
+        num, rows = len(self), _padded(len(self))
+        tokens_B = torch.zeros(rows, dtype=torch.int64)
+        tokens_B[:num] = torch.as_tensor(tokens)
+        self.places.prepare(self.prompt_B, self.own_B, self.length_G, rows, self.device, self.rope)
+        x_BD = self.embedding.index_select(0, tokens_B.to(self.device))
+        for layer, part in self.layers:
+            x_BD = x_BD + part.step(rms(x_BD, layer.input_layernorm), self.places)
+            x_BD = x_BD + mlp_of(rms(x_BD, layer.post_attention_layernorm), layer.mlp)
+        self.own_B = self.own_B + 1
+        return linear(rms(x_BD, self.final_norm), self.head)[:num].float()
+
+
+def _padded(rows: int) -> int:
+    return rows if rows < PAD_ROWS // 2 else -(-rows // PAD_ROWS) * PAD_ROWS
+
+
+def _closed_up(count: int, kept: Sequence[int]) -> tuple[list[int], tuple[list[int], list[int]]]:
+    """Keeping `kept` of `count` places with few moves: those beyond the new end fill the holes before it. Returns the former
+    number of each place, and the moves (from, to)."""
+    keep = set(kept)
+    end = len(keep)
+    holes = [n for n in range(end) if n not in keep]
+    beyond = [n for n in range(end, count) if n in keep]
+    order = list(range(end))
+    for hole, source in zip(holes, beyond, strict=True):
+        order[hole] = source
+    return order, (beyond, holes)

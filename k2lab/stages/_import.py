@@ -1,0 +1,130 @@
+"""Turning a foreign model into a checkpoint of ours: weights, tokenizer, and Kimi's chat tokens where they are missing.
+
+Legend: `W` vocabulary, `D` width.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k2lab.core.artifacts import write_json
+from k2lab.text import layout
+
+# What a new chat token begins as: the ChatML token of the same use, so that `<|im_user|>user<|im_middle|>` looks like
+# `<|im_start|>user\n` to a model that was trained on ChatML.
+CHATML = "<|im_start|>"
+LIKE = {
+    layout.IM_USER: CHATML,
+    layout.IM_ASSISTANT: CHATML,
+    layout.IM_SYSTEM: CHATML,
+    layout.IM_MIDDLE: "\n",
+    layout.IM_END: "<|im_end|>",
+}
+
+
+def import_gguf(path: Path, work: Path, chat_tokens: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Writes the model of a GGUF file into `work` as safetensors of `dtype`, with its tokenizer; facts about it."""
+    from k2lab.ckpt import gguf
+
+    file = gguf.GgufFile(path)
+    config = gguf.config_of(file)
+    spec, settings = gguf.tokenizer_of(file)
+    state = {name: torch.from_numpy(value).to(dtype) for name, value in gguf.state_of(file, config)}
+    facts = {"format": "gguf", "quantised": sorted({entry.type for entry in file.tensors.values()})}
+    facts["license_in_file"] = file.metadata.get("general.license", "")
+    return {**facts, **_finish(state, config, spec, settings, work, chat_tokens, dtype)}
+
+
+def import_folder(path: Path, work: Path, chat_tokens: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """As `import_gguf`, for a model directory with config.json, safetensors and tokenizer.json."""
+    from k2lab.core.errors import CheckpointError
+    from k2lab.models import build
+
+    for name in ("config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} holds no {name}", allowed="config.json, safetensors and tokenizer.json")
+    model = build.load(path, dtype=dtype)
+    spec = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = {}
+    if (path / "tokenizer_config.json").is_file():
+        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    facts = _finish(dict(model.state()), model.spec.config(), spec, settings, work, chat_tokens, dtype)
+    return {"format": "safetensors", **facts}
+
+
+def _finish(
+    state: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    spec: dict[str, Any],
+    settings: dict[str, Any],
+    work: Path,
+    chat: bool,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Adds chat tokens, builds the model with these weights and saves it with its tokenizer."""
+    from k2lab.core.errors import CheckpointError
+    from k2lab.models import build
+    from k2lab.specs import ModelSpec
+    from k2lab.text import tokenizer as text_tokenizer
+    from k2lab.text.template import chat_template
+
+    added = add_chat_tokens(spec, settings, state, config) if chat else []
+    write_json(work / "tokenizer.json", spec)
+    write_json(work / "tokenizer_config.json", settings)
+    tokenizer = text_tokenizer.load(work)
+    tokenizer.save(work, chat_template=chat_template(default_system=False) if chat else None)
+    shape = ModelSpec.from_config(config)
+    model = build.from_spec(shape, seed=0, dtype=dtype)
+    own = model.state()
+    if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+        odd = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+        raise CheckpointError("the file's tensors are not those of its shape", got=", ".join(odd[:5]))
+    model.load_state(state)
+    build.save(model, work)
+    return {"parameters": shape.total(), "added_tokens": added, "vocab_size": shape.vocab_size}
+
+
+def add_chat_tokens(
+    spec: dict[str, Any], settings: dict[str, Any], state: dict[str, torch.Tensor], config: dict[str, Any]
+) -> list[str]:
+    """Adds those of Kimi's chat tokens that the vocabulary lacks to a tokenizer.json, and rows for them to embedding and head.
+
+    A row begins as that of the token in `LIKE`, or as the mean of all rows. Changes its arguments; the names added.
+    """
+    from k2lab.ckpt.gguf import added_token
+
+    vocab: dict[str, int] = spec["model"]["vocab"]
+    have = {**vocab, **{entry["content"]: entry["id"] for entry in spec["added_tokens"]}}
+    missing = [name for name in (*layout.CHAT_TOKENS, layout.THINK, layout.THINK_END) if name not in have]
+    tables = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in state]
+    first = max(have.values()) + 1
+    newline = have.get(layout.to_chars(b"\n"))
+    for name in tables:
+        rows_WD = state[name]
+        # rows behind the last token are padding, and never were trained
+        mean_D = rows_WD[:first].double().mean(0).to(rows_WD.dtype)
+        fresh = []
+        for token in missing:
+            like = LIKE.get(token)
+            place = newline if like == "\n" else have.get(like) if like else None
+            fresh.append(rows_WD[place] if place is not None else mean_D)
+        state[name] = torch.cat([rows_WD[:first], torch.stack(fresh)]) if fresh else rows_WD
+    for place, token in enumerate(missing, start=first):
+        special = token not in layout.VISIBLE
+        spec["added_tokens"].append(added_token(place, token, special))
+        if "added_tokens_decoder" in settings:
+            settings["added_tokens_decoder"][str(place)] = {
+                k: v for k, v in added_token(place, token, special).items() if k != "id"
+            }
+    if missing:
+        config["vocab_size"] = first + len(missing)
+    if layout.IM_END in missing:
+        settings.setdefault("eos_token", layout.IM_END)
+    settings.pop("chat_template", None)
+    if settings.get("pad_token") is None and settings.get("eos_token") is not None:
+        settings["pad_token"] = settings["eos_token"]
+    return missing

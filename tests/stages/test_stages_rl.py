@@ -1,0 +1,231 @@
+"""Reinforcement learning as a stage: what it leaves, exact resume after a kill, and what users can get wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from small_life import REWARD
+from small_run import WORDS, k2, weights_of, write
+from test_stages_kill import start, wait_for
+
+from k2lab.core import artifacts
+from k2lab.core.errors import RecipeError
+from k2lab.core.events import read
+from k2lab.core.rng import rng
+from k2lab.core.slots import load
+from k2lab.models import build
+
+RL = """
+[[stage]]
+name = "reasoning"
+type = "corpus"
+sources = [{{ type = "jsonl", path = "{folder}/reasoning.jsonl", kind = "reasoning" }}]
+valid_share = 0.2
+
+[[stage]]
+type = "rl"
+start = "sft"
+tasks = "reasoning"
+pass_samples = 4
+pass_rate = [0.1, 0.9]
+group_size = 4
+tasks_per_step = 4
+steps = 6
+seq_len = 128
+per_device_batch = 3
+max_tokens = 16
+sample_batch = 32
+ptx = ["instructions"]
+ptx_tokens = 32
+temperature = {{ start = 1.2, end = 0.8 }}
+budget = {{ penalty = 0.1, tokens = {{ say = 12 }} }}
+optim = {{ type = "muonclip", lr = 2e-3, ns_dtype = "fp32" }}
+checkpoint_every = 2
+"""
+
+
+def write_rl(folder: Path, spec: str = "tiny-k2", reward: str = REWARD) -> Path:
+    """Data and recipe up to RL on questions whose answers are right by chance; the recipe's path."""
+    recipe = write(folder, spec)
+    (folder / "even.py").write_text(reward, encoding="utf-8")
+    with (folder / "reasoning.jsonl").open("w", encoding="utf-8") as file:
+        for i in range(60):
+            word = WORDS[i % len(WORDS)]
+            row = {"prompt": f"Say {word} {i}", "reasoning": word, "final": word, "answer": word, "difficulty": i % 5}
+            row |= {"rewards": [f"{folder}/even.py"], "domain": "say" if i % 3 else "tell"}
+            print(json.dumps(row), file=file)
+    short = recipe.read_text().replace("steps = 12", "steps = 4").replace("steps = 8", "steps = 3")
+    recipe.write_text(short + RL.format(folder=folder), encoding="utf-8")
+    return recipe
+
+
+def stage_of(run_dir: Path, name: str) -> Path:
+    return next((run_dir / "stages").glob(f"{name}-*"))
+
+
+def steps_of(run_dir: Path) -> list[dict]:
+    return [e for e in read(run_dir / "events") if e["kind"] == "step" and e["stage"] == "rl"]
+
+
+@pytest.fixture(scope="module", params=["tiny-k2", "tiny-linear"])
+def finished(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    recipe = write_rl(folder / "data", request.param)
+    done = k2("run", str(recipe), "--run-dir", str(folder / "run"))
+    return recipe, folder / "run", done
+
+
+def test_the_stage_leaves_a_whole_model_and_says_what_it_used(finished):
+    _, run_dir, done = finished
+    folder = stage_of(run_dir, "rl")
+    manifest = artifacts.open_artifact(folder, kind="checkpoint", verify=True).manifest
+    assert {"config.json", "tokenizer.json", "chat_template.jinja", "pass_rates.jsonl"} <= {p.name for p in folder.iterdir()}
+    rows = [json.loads(line) for line in (folder / "pass_rates.jsonl").read_text().splitlines()]
+    used = [row for row in rows if 0.1 <= row["pass_rate"] <= 0.9]
+    assert manifest["tasks"]["measured"] == len(rows) > manifest["tasks"]["used"] == len(used) > 0
+    assert sum(manifest["tasks"]["pass_rates"].values()) == len(rows)
+    assert "reward 0." in done.stderr and "mismatch" in done.stderr
+    (funnel,) = (e for e in read(run_dir / "events") if e["kind"] == "funnel" and e["stage"] == "rl")
+    assert (funnel["seen"], funnel["kept"]) == (len(rows), len(used))
+    before, after = build.load(stage_of(run_dir, "sft")).state(), build.load(folder).state()
+    assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)
+
+
+def test_every_step_tells_about_its_rollouts(finished):
+    _, run_dir, _ = finished
+    steps = steps_of(run_dir)
+    assert [round(e["rollout"]["temperature"], 2) for e in steps] == [1.2, 1.12, 1.04, 0.96, 0.88, 0.8]
+    for event in steps:
+        told = event["rollout"]
+        assert told["rollouts"] == 16 and told["groups"] == 4 and told["errors"] == told["lag"] == 0
+        assert 0 <= told["pass_rate"] == told["reward"] <= 1 and told["length"] <= told["length_max"] <= 16
+        assert event["losses"].keys() == {"kimi", "ptx"}
+        # Sampler and trainer are two implementations of one model.
+        assert event["metrics"]["mismatch_max"] <= 1e-5
+    assert steps[-1]["losses"]["kimi"] != steps[0]["losses"]["kimi"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 1])
+def test_killed_and_resumed_equals_never_interrupted(finished, lag, tmp_path):
+    recipe, run_dir, _ = finished
+    arguments = [f"stage.rl.max_policy_lag={lag}", "stage.rl.refill_rounds=1"]
+    for name in ("whole", "killed"):  # both begin behind the fine-tuning that exists already
+        (tmp_path / name / "stages").mkdir(parents=True)
+        for path in (run_dir / "stages").iterdir():
+            if not path.name.startswith("rl-"):
+                (tmp_path / name / "stages" / path.name).symlink_to(path)
+    k2("run", str(recipe), *arguments, "--run-dir", str(tmp_path / "whole"), "--quiet")
+    draw = rng(int(time.time()), "kills")
+    kills = 0
+    for step in (0, int(draw.integers(1, 6)), 5):
+        process = start(recipe, tmp_path / "killed", *arguments)
+        wait_for(tmp_path / "killed", "rl", step, process)
+        time.sleep(float(draw.random()) * 0.3)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    k2("run", str(recipe), *arguments, "--run-dir", str(tmp_path / "killed"), "--quiet")
+    assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole")
+    whole, killed = steps_of(tmp_path / "whole"), steps_of(tmp_path / "killed")
+    assert [(e["step"], e["losses"], e["metrics"]) for e in whole] == [(e["step"], e["losses"], e["metrics"]) for e in killed]
+    assert [e["rollout"]["lag"] for e in whole] == ([0] + [lag] * 5)
+
+
+def rl_only(finished, tmp_path: Path, *overrides: str, check: bool = False):
+    """Runs only RL again, with other settings, behind the stages that exist."""
+    recipe, run_dir, _ = finished
+    (tmp_path / "stages").mkdir()
+    for path in (run_dir / "stages").iterdir():
+        if not path.name.startswith("rl-"):
+            (tmp_path / "stages" / path.name).symlink_to(path)
+    return k2("run", str(recipe), *overrides, "--run-dir", str(tmp_path), "--quiet", check=check)
+
+
+def refused(done, *words: str) -> None:
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-1500:]
+    for word in words:
+        assert word in done.stderr, done.stderr[-1500:]
+
+
+def test_no_task_of_moderate_difficulty_shows_the_histogram(finished, tmp_path):
+    done = rl_only(finished, tmp_path, "stage.rl.pass_rate=[0.45,0.46]")
+    refused(done, "stage.rl.pass_rate", "none of", "[0.45, 0.46]", "0.2-0.3: ")
+
+
+def test_prompts_longer_than_the_window_are_refused_or_left_out(finished, tmp_path):
+    done = rl_only(finished, tmp_path, "stage.rl.seq_len=24", "stage.rl.over_length=error", "stage.rl.ptx=[]")
+    refused(done, "a prompt of", "seq_len = 24", "reasoning.jsonl", "over_length")
+    (tmp_path / "again").mkdir()
+    done = rl_only(finished, tmp_path / "again", "stage.rl.seq_len=17", "stage.rl.ptx=[]")
+    refused(done, "no task is left", "seq_len = 17")
+
+
+def test_families_and_difficulties_are_chosen(finished, tmp_path):
+    refused(rl_only(finished, tmp_path, "stage.rl.domains=['sing']"), "no task is left", "families say, tell")
+    (tmp_path / "again").mkdir()
+    overrides = ["stage.rl.domains=['tell']", "stage.rl.min_difficulty=1", "stage.rl.max_difficulty=2", "stage.rl.steps=1"]
+    rl_only(finished, tmp_path / "again", *overrides, "stage.rl.pass_rate=[0,1]", check=True)
+    rows = [json.loads(line) for line in (stage_of(tmp_path / "again", "rl") / "pass_rates.jsonl").read_text().splitlines()]
+    lines = [int(row["key"].rsplit(":", 1)[1]) - 1 for row in rows]
+    assert lines and all(line % 3 == 0 and line % 5 in (1, 2) for line in lines)
+
+
+def test_a_reward_that_raises_is_recorded_and_the_run_goes_on(tmp_path):
+    broken = REWARD.replace(
+        "return float(len(response) % 2 == 0)",
+        "return {0: 1.0, 1: 0.0, 2: float('nan')}[len(response) % 4]  # and sometimes a KeyError",
+    )
+    recipe = write_rl(tmp_path / "data", reward=broken)
+    k2("run", str(recipe), "stage.rl.pass_rate=[0,1]", "--run-dir", str(tmp_path / "run"), "--quiet")
+    steps = steps_of(tmp_path / "run")
+    assert len(steps) == 6 and sum(e["rollout"]["errors"] for e in steps) > 10
+    (note,) = (e for e in read(tmp_path / "run" / "events") if e["kind"] == "note" and e["stage"] == "rl")
+    assert "left out" in note["text"] and "even" in note["text"]
+
+
+def test_pass_rates_of_another_stage_are_used(finished, tmp_path):
+    recipe, _, _ = finished
+    text = recipe.read_text()
+    pairs = '[[stage]]\nname = "pairs"\ntype = "preference_data"\nmodel = "sft"\ntasks = "reasoning"\nk = 4\nmax_tokens = 16\n\n'
+    place = text.index('[[stage]]\ntype = "rl"')
+    changed = tmp_path / "with_pairs.toml"
+    changed.write_text(text[:place] + pairs + text[place:].replace("pass_samples = 4", 'pass_rates = "pairs"'))
+    done = rl_only((changed, finished[1], None), tmp_path, "stage.rl.steps=2", check=True)
+    assert done.returncode == 0
+    asked = {json.loads(line)["key"]: json.loads(line) for line in (stage_of(tmp_path, "pairs") / "pass_rates.jsonl").open()}
+    own = [json.loads(line) for line in (stage_of(tmp_path, "rl") / "pass_rates.jsonl").open()]
+    assert own and all(row == asked[row["key"]] for row in own)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"group_size": 1}, ["group_size", "at least 2"]),
+        ({"max_policy_lag": 2}, ["max_policy_lag", "0 or 1"]),
+        ({"pass_rate": (0.8, 0.2)}, ["pass_rate", "lower first"]),
+        ({"max_tokens": 128}, ["max_tokens", "seq_len"]),
+        ({"steps": 0}, ["steps", "at least 1"]),
+        ({"top_p": 0.0}, ["top_p"]),
+        ({"algorithm": load("objective", "lm")()}, ["algorithm", "does not learn from rollouts"]),
+        ({"algorithm": load("objective", "dpo")()}, ["algorithm", "kimi, grpo"]),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, words):
+    stage = load("stage", "rl")(**{"optim": load("optimizer", "adamw")(lr=1e-3), "seq_len": 128, **changes})
+    with pytest.raises(RecipeError) as caught:
+        stage.check("stage.rl")
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_tasks_that_the_ranks_cannot_share_are_refused():
+    stage = load("stage", "rl")(optim=load("optimizer", "adamw")(lr=1e-3), seq_len=128, tasks_per_step=100)
+    stage.check_ranks("stage.rl", 4)
+    with pytest.raises(RecipeError, match=r"100 tasks x 8 rollouts = 800 samples cannot be dealt to 3 ranks.*102"):
+        stage.check_ranks("stage.rl", 3)
+    plan = stage.plan_inputs("rl", None, gpus=4)
+    assert plan.grad_acc * plan.gpus * plan.per_device_batch == 800 and plan.steps == 100
