@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -98,7 +98,12 @@ def avg_at_k(scores_PK: Any, level: float = LEVEL) -> Estimate:
     scores_PK = _scores(scores_PK)
     if scores_PK.shape[1] == 1 and np.isin(scores_PK, (0, 1)).all():
         return wilson(int(scores_PK.sum()), len(scores_PK), level)
-    return mean(scores_PK.mean(axis=1), level)
+    return _share(mean(scores_PK.mean(axis=1), level))
+
+
+def _share(found: Estimate) -> Estimate:
+    """An estimate of something that lies between 0 and 1: so does its interval."""
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def best_of_n(scores_PK: Any, level: float = LEVEL) -> Estimate:
@@ -113,7 +118,7 @@ def pass_at_k(scores_PK: Any, k: int, level: float = LEVEL) -> Estimate:
     values_P = passes(scores_PK, k)
     if np.isin(values_P, (0, 1)).all():
         return wilson(int(values_P.sum()), len(values_P), level)
-    return mean(values_P, level)
+    return _share(mean(values_P, level))
 
 
 def passes(scores_PK: Any, k: int) -> np.ndarray:

@@ -4,7 +4,7 @@ The same function as transformers' forward with a cache, without what that costs
 are concatenated anew. Keys and values of a prompt are stored once for all rows that continue it, and each prompt is one product
 for all of its rows; a row's own tokens lie in preallocated memory. Latent attention is absorbed: with k_t = W_k c_t and
 v_t = W_v c_t, q . k_t = (W_k^T q) . c_t and sum_t p_t v_t = W_v sum_t p_t c_t (DeepSeek-V2, arXiv:2405.04434, section 2.1.2), so
-the cached latents are never expanded. Prompts run through the model itself.
+the cached latents are never expanded. Prompts run as a pack, by the functions that training uses.
 
 Legend: `B` rows, `G` stored prompts, `P` prompts that begin, `T` tokens, `D` width, `W` vocabulary.
 """
@@ -19,8 +19,10 @@ import torch
 
 from k2lab.models import attention
 from k2lab.models.decode_layers import New, Places, Rope, kind_of, linear, mlp_of, plain_mlp, rms
+from k2lab.models.pack import Pack
 
 PAD_ROWS = 16  # rows are padded to a multiple of this, so that few shapes of products occur
+PACK_TOKENS = 16384  # prompts of at most so many tokens (or one longer prompt) run together
 SHARED = 8  # most rows that share one stored prompt
 ROPES = ("default", "yarn", "linear", "llama3")  # kinds whose angles depend on the position alone
 
@@ -37,12 +39,18 @@ def supports(hf: Any) -> bool:
             return False
         if module._forward_hooks or module._forward_pre_hooks:
             return False
+    if (
+        hasattr(hf.base_model, "rotary_emb")
+        and getattr(config, "kv_lora_rank", None)
+        and not getattr(config, "rope_interleave", True)
+    ):
+        return False
     return all(kind_of(layer.self_attn) and plain_mlp(layer.mlp) for layer in layers)
 
 
-def decoder(hf: Any, pad_id: int) -> Decoder | None:
+def decoder(hf: Any) -> Decoder | None:
     """A decoder for `hf`, or None if it does not know all of its layers."""
-    return Decoder(hf, pad_id) if supports(hf) else None
+    return Decoder(hf) if supports(hf) else None
 
 
 class Decoder:
@@ -53,9 +61,8 @@ class Decoder:
 
     refills = True  # rows may be started while others are under way
 
-    def __init__(self, hf: Any, pad_id: int = 0) -> None:
+    def __init__(self, hf: Any) -> None:
         assert supports(hf), "ask `supports` first"
-        self.hf, self.pad_id = hf, pad_id
         self.embedding = hf.get_input_embeddings().weight
         self.head = hf.get_output_embeddings()
         self.device = self.embedding.device
@@ -74,51 +81,53 @@ class Decoder:
 
     def start(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tensor:
         """Runs the prompts and adds `counts[p]` rows that continue prompt p; logits f32[P, W] after each prompt."""
-        lengths = np.array([len(prompt) for prompt in prompts])
-        hidden_PD, cache, padding = self._prefill(prompts, lengths)
         share = max(1, min(SHARED, sum(counts) // len(prompts)))
-        stored = np.repeat(np.arange(len(prompts)), [-(-count // share) for count in counts])  # prompt of each new store
-        owner = np.repeat(np.arange(len(prompts)), counts)  # prompt of each new row
+        found, first, size = [], 0, 0
+        for p, prompt in enumerate(prompts):
+            if size and size + len(prompt) > PACK_TOKENS:
+                found.append(self._start(prompts[first:p], counts[first:p], share))
+                first, size = p, 0
+            size += len(prompt)
+        found.append(self._start(prompts[first:], counts[first:], share))
+        return torch.cat(found)
+
+    def _start(self, prompts: Sequence[Sequence[int]], counts: Sequence[int], share: int) -> torch.Tensor:
+        """Prompts that run as one pack; up to `share` rows share a stored prompt."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        stores = [-(-count // share) for count in counts]
+        first = np.cumsum([0, *stores])[:-1]
+        stored = np.repeat(np.arange(len(prompts)), stores)
+        owner = np.repeat(np.arange(len(prompts)), counts)
         within = np.concatenate([np.arange(count) for count in counts])
-        first = np.concatenate([[0], np.cumsum([-(-count // share) for count in counts])[:-1]])
         old_G, old_B = len(self.length_G), len(self)
         self.prompt_B = np.concatenate([self.prompt_B, old_G + first[owner] + within // share])
         self.own_B = np.concatenate([self.own_B, np.zeros(len(owner), np.int64)])
         self.length_G = np.concatenate([self.length_G, lengths[stored]])
+        self.places.forget()
+        starts = np.cumsum([0, *lengths])
+        places_GT = np.minimum(np.arange(lengths.max()), lengths[stored, None] - 1)
+        positions_T = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
         new = New(
-            stored=torch.from_numpy(stored).to(self.device),
-            owner=torch.from_numpy(owner).to(self.device),
-            padding=torch.from_numpy(padding).to(self.device),
-            lengths=torch.from_numpy(lengths).to(self.device),
+            pack=Pack(tuple(starts.tolist()), self.device),
+            stored_G=torch.from_numpy(stored).to(self.device),
+            owner_B=torch.from_numpy(owner).to(self.device),
+            at_GT=torch.from_numpy(starts[stored, None] + places_GT).to(self.device),
             groups=slice(old_G, old_G + len(stored)),
             rows=slice(old_B, old_B + len(owner)),
-            rows_padded=_padded(len(self)),
+            room=_padded(len(self)),
+            turns=self.rope.at(torch.from_numpy(positions_T).to(self.device), int(lengths.max())) if self.rope else None,
         )
-        for number, (_, part) in enumerate(self.layers):
-            part.admit(cache.layers[number], new)
-        self.places.forget()
-        return self.head(hidden_PD).float()
+        return self._prefill(prompts, new)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], lengths: np.ndarray) -> tuple[torch.Tensor, Any, np.ndarray]:
-        """Last hidden states [P, D], transformers' cache and the padding on the left of each prompt i64[P]."""
-        from transformers import DynamicCache
-
-        longest = int(lengths.max())
-        tokens_PT = np.full((len(prompts), longest), self.pad_id, dtype=np.int64)
-        for p, prompt in enumerate(prompts):
-            tokens_PT[p, longest - len(prompt) :] = prompt
-        padding = longest - lengths
-        mask_PT = (np.arange(longest) >= padding[:, None]).astype(np.int64)
-        positions_PT = np.maximum(np.arange(longest) - padding[:, None], 0)
-        cache = DynamicCache(config=self.hf.config)
-        out = self.hf.base_model(
-            input_ids=torch.from_numpy(tokens_PT).to(self.device),
-            attention_mask=torch.from_numpy(mask_PT).to(self.device) if padding.any() else None,
-            position_ids=torch.from_numpy(positions_PT).to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state[:, -1], cache, padding
+    def _prefill(self, prompts: Sequence[Sequence[int]], new: New) -> torch.Tensor:
+        """Runs the prompts as one pack; logits f32[P, W] after each."""
+        tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        x_TD = self.embedding.index_select(0, tokens_T)
+        for layer, part in self.layers:
+            x_TD = x_TD + part.prefill(rms(x_TD, layer.input_layernorm), new)
+            x_TD = x_TD + mlp_of(rms(x_TD, layer.post_attention_layernorm), layer.mlp)
+        last_P = torch.tensor(new.pack.starts[1:], device=self.device) - 1
+        return linear(rms(x_TD.index_select(0, last_P), self.final_norm), self.head).float()
 
     def keep(self, rows: Sequence[int]) -> list[int]:
         """Drops all rows but these. Returns the rows in their new order: entry i is the former number of row i."""

@@ -14,17 +14,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from k2lab.models import experts, gemm
+from k2lab.models import attention, experts, gemm
 from k2lab.models.delta import FastKDA
-from k2lab.models.experts import FastMLP
 from k2lab.models.kda import decay_gate, unit
 from k2lab.models.mla import FastMLA
+from k2lab.models.pack import Pack
 
 GROW = 32  # tokens by which a row's memory grows at least
+MANY_KEYS = 48
 DENSE = ("LlamaAttention", "Qwen2Attention")
 
 
 def kind_of(part: Any) -> type | None:
+    """The class here that decodes an attention module, or None if there is none."""
     if isinstance(part, FastMLA):
         return Latent
     if isinstance(part, FastKDA):
@@ -33,32 +35,40 @@ def kind_of(part: Any) -> type | None:
     return Dense if dense and getattr(part, "sliding_window", None) is None else None
 
 
+SWIGLU = ("gate_proj", "up_proj", "down_proj")
+
+
 def plain_mlp(mlp: Any) -> bool:
-    if isinstance(mlp, FastMLP):
-        return all(getattr(mlp, name).bias is None for name in ("gate_proj", "up_proj", "down_proj"))
-    return hasattr(mlp, "gate") and hasattr(mlp, "experts") and isinstance(mlp.shared_experts, FastMLP)
+    """True for SwiGLU feed-forwards and for mixtures of such experts."""
+    if all(hasattr(mlp, name) for name in SWIGLU):
+        return mlp.config.hidden_act == "silu" and all(getattr(mlp, name).bias is None for name in SWIGLU)
+    return hasattr(mlp, "gate") and hasattr(mlp, "experts") and plain_mlp(mlp.shared_experts)
 
 
 @dataclass(frozen=True)
 class New:
-    """Rows that begin: the prompt i64 of each new store and of each new row, padding and length of the prompts, where stores and
-    rows go, and how many rows there must be room for."""
+    """Prompts that begin, laid end to end in `pack`, and their rows: `stored_G`, `owner_B` the prompt of each new store and row;
+    `at_GT` the token (of all prompts') at each place of each store, the last one again beyond its end; `groups`, `rows` where
+    stores and rows go; `room` rows there must be memory for; `turns` the tokens' angles."""
 
-    stored: torch.Tensor
-    owner: torch.Tensor
-    padding: torch.Tensor
-    lengths: torch.Tensor
+    pack: Pack
+    stored_G: torch.Tensor
+    owner_B: torch.Tensor
+    at_GT: torch.Tensor
     groups: slice
     rows: slice
-    rows_padded: int
+    room: int
+    turns: Turns | None
 
 
 class Places:
     """Where rows and prompts lie in this step; the same for all layers.
 
     `rows` B padded; `at_B`, `own_B` i64: each row and where its token goes in its own memory; `num_groups`, `longest`, `own`:
-    stored prompts, their longest, most own tokens with the new one; `cos_BR`, `sin_BR`; `bias_B1T` 0 or -inf over prompt and own
-    tokens. `members_GM` row numbers of each prompt flattened and `place_B` the inverse; None if row i continues prompt i."""
+    stored prompts, their longest, most own tokens with the new one; `turns` the new tokens' angles; `bias_B1T` 0 or -inf over
+    prompt and own tokens. Each prompt has `per_prompt` M rows: `members` i64[G M] names them (with repeats where a prompt has
+    fewer) and `place_B` is the inverse; both are None where the rows are in that order already.
+    """
 
     def __init__(self) -> None:
         self.forget()
@@ -68,58 +78,93 @@ class Places:
         self._begun = False
 
     def prepare(
-        self, prompt_B: np.ndarray, own_B: np.ndarray, length_G: np.ndarray, rows: int, device: torch.device, rope: Any
+        self, prompt_B: np.ndarray, own_B: np.ndarray, length_G: np.ndarray, rows: int, device: torch.device, rope: Rope | None
     ) -> None:
+        """Sets everything for a step of rows that have `own_B` tokens of their own so far."""
         own = np.zeros(rows, np.int64)
         own[: len(own_B)] = own_B
-        if not self._begun:
+        self.own = int(own.max()) + 1
+        if self._begun:
+            self.own_B += 1
+        else:
             self._begin(prompt_B, length_G, rows, device)
             self.own_B = torch.from_numpy(own).to(device)
-            self._begun = True
-        else:
-            self.own_B += 1
-        self.own = int(own.max()) + 1
-        reach_BT = torch.arange(self.own, device=device) <= self.own_B[:, None]
-        seen_BT = torch.cat([self.prompt_seen_BT, reach_BT], dim=1)
-        self.bias_B1T = torch.zeros(seen_BT.shape, device=device).masked_fill_(~seen_BT, float("-inf"))[:, None]
-        if rope is not None:
-            self.cos_BR, self.sin_BR = rope.at(self.base_B + self.own_B, int((self._lengths + own).max()) + 1)
+        if not self._begun or self.longest + self.own > self._bias_BT.shape[1]:
+            until = torch.arange(self.own + GROW, device=device) < self.own_B[:, None]
+            seen_BT = torch.cat([torch.arange(self.longest, device=device) < self._base_B[:, None], until], dim=1)
+            self._bias_BT = torch.zeros(seen_BT.shape, device=device).masked_fill_(~seen_BT, float("-inf"))
+        self._begun = True
+        self._bias_BT[self.at_B, self.longest + self.own_B] = 0.0
+        self.bias_B1T = self._bias_BT[:, None, : self.longest + self.own]
+        self.turns = rope.at(self._base_B + self.own_B, int((self._lengths + own).max()) + 1) if rope is not None else None
 
     def _begin(self, prompt_B: np.ndarray, length_G: np.ndarray, rows: int, device: torch.device) -> None:
         owner = np.zeros(rows, np.int64)
         owner[: len(prompt_B)] = prompt_B
         self._lengths = np.where(np.arange(rows) < len(prompt_B), length_G[owner], 0)
-        self.rows, self.num_groups, self.longest = rows, len(length_G), int(length_G.max())
+        self._base_B = torch.from_numpy(self._lengths).to(device)
         self.at_B = torch.arange(rows, device=device)
-        self.base_B = torch.from_numpy(self._lengths).to(device)
-        self.prompt_seen_BT = torch.arange(self.longest, device=device) < self.base_B[:, None]
-        self.members_GM = self.place_B = None
-        if len(length_G) != len(prompt_B) or (prompt_B != np.arange(len(prompt_B))).any():
-            order = np.argsort(prompt_B, kind="stable")
-            sizes = np.bincount(prompt_B, minlength=len(length_G))
-            within = np.concatenate([np.arange(size) for size in sizes])
-            members = np.zeros((len(length_G), sizes.max()), np.int64)
-            members[prompt_B[order], within] = order
-            place = np.zeros(rows, np.int64)
-            place[order] = prompt_B[order] * members.shape[1] + within
-            self.members_GM = torch.from_numpy(members).to(device)
-            self.place_B = torch.from_numpy(place).to(device)
+        self.rows, self.num_groups, self.longest = rows, len(length_G), int(length_G.max())
+        self.members = self.place_B = None
+        self.per_prompt = 1
+        if len(length_G) == len(prompt_B) and (prompt_B == np.arange(len(prompt_B))).all():
+            self.num_groups = rows  # a store each; those of padded rows hold nothing
+            return
+        sizes = np.bincount(prompt_B, minlength=len(length_G))
+        self.per_prompt = int(sizes.max())
+        order = np.argsort(prompt_B, kind="stable")
+        within = np.concatenate([np.arange(size) for size in sizes])
+        members = np.zeros((len(length_G), self.per_prompt), np.int64)
+        members[prompt_B[order], within] = order
+        if members.size == rows and (members.ravel() == np.arange(rows)).all():
+            return
+        place = np.zeros(rows, np.int64)
+        place[order] = prompt_B[order] * self.per_prompt + within
+        self.members = torch.from_numpy(members.ravel()).to(device)
+        self.place_B = torch.from_numpy(place).to(device)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Rotations of some tokens: `cos`, `sin` [n, R], the second half like the first, and `angles` = exp(i angle) [n, R / 2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    angles: torch.Tensor
 
 
 class Rope:
-    """Cosines and sines by position, from the model's own rotary module; the second half of the columns repeats the first."""
+    """Rotations by position, from the model's own rotary module."""
 
     def __init__(self, hf: Any, like: torch.Tensor) -> None:
         self.module, self.like = hf.base_model.rotary_emb, like
-        self.table: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.table: Turns | None = None
 
-    def at(self, positions_B: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.table is None or len(self.table[0]) < end:
+    def at(self, positions: torch.Tensor, end: int) -> Turns:
+        """Of these positions, all below `end`."""
+        if self.table is None or len(self.table.cos) < end:
             known = torch.arange(max(2 * end, 256), device=self.like.device)[None]
-            cos, sin = self.module(self.like[:1, None], known)
-            self.table = cos[0], sin[0]
-        cos, sin = self.table
-        return cos.index_select(0, positions_B), sin.index_select(0, positions_B)
+            cos, sin = (each[0] for each in self.module(self.like[:1, None], known))
+            half = cos.shape[1] // 2
+            wide = torch.promote_types(cos.dtype, torch.float32)
+            self.table = Turns(cos, sin, torch.complex(cos[:, :half].to(wide), sin[:, :half].to(wide)))
+        table = self.table
+        return Turns(*(each.index_select(0, positions) for each in (table.cos, table.sin, table.angles)))
+
+
+def turn_pairs_(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotates interleaved pairs of the last axis in place."""
+    if x.dtype in (torch.float32, torch.float64):
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(angles)
+        return x
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * angles
+    return x.copy_(torch.view_as_real(pairs).flatten(-2))
+
+
+def turn_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates pairs (x_i, x_{i + half})."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
 # ---------------------------------------------------------------- attention
@@ -132,17 +177,14 @@ class Store:
         self.prompt: torch.Tensor | None = None
         self.own: torch.Tensor | None = None
 
-    def admit(self, cached_PUTC: torch.Tensor, new: Any) -> None:
-        """Takes over prompts from transformers' cache, where they are padded on the left."""
-        P, U, T, C = cached_PUTC.shape
-        steps = torch.arange(T, device=cached_PUTC.device)
-        at_PT = (steps + new.padding[:, None]).clamp_(max=T - 1)
-        moved = cached_PUTC.gather(2, at_PT[:, None, :, None].expand(P, U, T, C))
+    def admit(self, new_TUC: torch.Tensor, new: New) -> None:
+        """Takes the keys or values of the tokens of prompts that begin."""
+        U, C = new_TUC.shape[1:]
+        G, T = new.at_GT.shape
         # Beyond a prompt's end lies what no row looks at, but 0 x infinity would show: all memory holds finite numbers.
-        rows = max(new.groups.stop, new.rows_padded)
-        self.prompt = _room(self.prompt, (rows, U, T, C), new.groups.start, cached_PUTC)
-        self.prompt[new.groups, :, :T] = moved.index_select(0, new.stored)
-        self.own = _room(self.own, (new.rows_padded, U, 1, C), new.rows.start, cached_PUTC)
+        self.prompt = _room(self.prompt, (max(new.groups.stop, new.room), U, T, C), new.groups.start, new_TUC)
+        self.prompt[new.groups, :, :T] = new_TUC.index_select(0, new.at_GT.flatten()).view(G, T, U, C).transpose(1, 2)
+        self.own = _room(self.own, (new.room, U, 1, C), new.rows.start, new_TUC)
 
     def append(self, new_BUC: torch.Tensor, places: Places) -> None:
         if self.own.shape[2] < places.own:
@@ -171,30 +213,22 @@ def _room(old: torch.Tensor | None, shape: tuple[int, ...], used: int, like: tor
 def attend(q_BUHC: torch.Tensor, keys: Store, values: Store, width: int, scale: float, places: Places) -> torch.Tensor:
     """softmax(q k scale) v over the prompt's and the own tokens of each row; values are the first `width` columns.
     q [B, U, H, C] with H query heads per key-value head -> [B, U, H, width]."""
-    B, U, H, C = q_BUHC.shape
-    G, longest, own = places.num_groups, places.longest, places.own
-    shared = places.members_GM is not None
-    if not shared:
-        G = B
+    B, U, H, _ = q_BUHC.shape
+    G, M, longest, own = places.num_groups, places.per_prompt, places.longest, places.own
 
     def by_prompt(x_BUHX: torch.Tensor) -> torch.Tensor:
         """[B, U, H, *] -> [G U, M H, *]."""
-        if not shared:
-            return x_BUHX.flatten(0, 1)
-        x = x_BUHX.index_select(0, places.members_GM.flatten()).view(G, -1, U, H, x_BUHX.shape[-1])
-        return x.transpose(1, 2).reshape(G * U, -1, x_BUHX.shape[-1])
+        x = x_BUHX if places.members is None else x_BUHX.index_select(0, places.members)
+        return x.view(G, M, U, H, -1).transpose(1, 2).reshape(G * U, M * H, -1) if U > 1 else x.reshape(G, M * H, -1)
 
     def by_row(x: torch.Tensor) -> torch.Tensor:
         """The inverse."""
-        if not shared:
-            return x.view(B, U, H, -1)
-        M = places.members_GM.shape[1]
-        return x.view(G, U, M, H, -1).transpose(1, 2).reshape(G * M, U, H, -1).index_select(0, places.place_B)
+        x = x.view(G, U, M, H, -1).transpose(1, 2).reshape(G * M, U, H, -1)
+        return x if places.place_B is None else x.index_select(0, places.place_B)
 
     scores = torch.empty(B, U, H, longest + own, device=q_BUHC.device, dtype=torch.promote_types(q_BUHC.dtype, torch.float32))
-    prompt_keys, own_keys = (x.flatten(0, 1) for x in (keys.prompt[:G, :, :longest], keys.own[:B, :, :own]))
-    scores[..., :longest] = by_row(torch.bmm(by_prompt(q_BUHC), prompt_keys.transpose(1, 2)))
-    scores[..., longest:] = torch.bmm(q_BUHC.flatten(0, 1), own_keys.transpose(1, 2)).view(B, U, H, own)
+    scores[..., :longest] = by_row(_logits(by_prompt(q_BUHC), keys.prompt[:G, :, :longest].flatten(0, 1)))
+    scores[..., longest:] = _logits(q_BUHC.flatten(0, 1), keys.own[:B, :, :own].flatten(0, 1)).view(B, U, H, own)
     probs = torch.softmax(scores.mul_(scale).add_(places.bias_B1T[:, None]), dim=-1).to(q_BUHC.dtype)
     prompt_values = values.prompt[:G, :, :longest, :width].flatten(0, 1)
     own_values = values.own[:B, :, :own, :width].flatten(0, 1)
@@ -202,41 +236,62 @@ def attend(q_BUHC: torch.Tensor, keys: Store, values: Store, width: int, scale: 
     return out + torch.bmm(probs[..., longest:].flatten(0, 1), own_values).view(B, U, H, width)
 
 
+def _logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """q k^T of a batch; [b, queries, C], [b, keys, C] -> [b, queries, keys]. With few queries and many keys, MKL multiplies the
+    other way round twice as fast (measured from 48 keys on)."""
+    if k.shape[1] < MANY_KEYS:
+        return torch.bmm(q, k.transpose(1, 2))
+    return torch.bmm(k, q.transpose(1, 2)).transpose(1, 2).contiguous()
+
+
 class Latent:
-    """Multi-head latent attention, absorbed; keys are [latent | rotary part], values the latents."""
+    """Multi-head latent attention, absorbed while decoding; keys are [latent | rotary part], values the latents."""
 
     def __init__(self, module: Any) -> None:
         self.module, self.keys = module, Store()
-        self.interleaved = getattr(module.config, "rope_interleave", False)
-
-    def admit(self, layer: Any, new: Any) -> None:
-        self.keys.admit(torch.cat([layer.keys, layer.values], dim=-1), new)
 
     def move(self, moves: Any, group_moves: Any, longest: int, own: int) -> None:
         self.keys.move(moves, group_moves, longest, own)
 
-    def step(self, x_BD: torch.Tensor, places: Places) -> torch.Tensor:
+    def _projected(self, x_BD: torch.Tensor, turns: Turns | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [B, H, N + R] and keys [B, L + R], rotated."""
         m = self.module
-        H, N, R, V, L = m.num_heads, m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim, m.kv_lora_rank
         if m.q_lora_rank is None:
             q_BX = linear(x_BD, m.q_proj)
         else:
             q_BX = linear(rms(linear(x_BD, m.q_a_proj), m.q_a_layernorm), m.q_b_proj)
-        B, kv_BX = len(x_BD), linear(x_BD, m.kv_a_proj_with_mqa)
-        q_BHC = q_BX.view(B, H, N + R)
-        q_rot, k_rot = q_BHC[..., N:], kv_BX[:, L:]
-        if hasattr(places, "cos_BR"):
-            turn = _turned_pairs if self.interleaved else _turned_halves
-            q_rot = turn(q_rot, places.cos_BR[:, None], places.sin_BR[:, None])
-            k_rot = turn(k_rot, places.cos_BR, places.sin_BR)
-        weight_HCL = m.kv_b_proj.weight.view(H, N + V, L)
+        q_BHC = q_BX.view(len(x_BD), m.num_heads, -1)
+        key_BC = linear(x_BD, m.kv_a_proj_with_mqa)
+        key_BC[:, : m.kv_lora_rank] = rms(key_BC[:, : m.kv_lora_rank], m.kv_a_layernorm)
+        if turns is not None:
+            turn_pairs_(q_BHC[..., m.qk_nope_head_dim :], turns.angles[:, None])
+            turn_pairs_(key_BC[:, m.kv_lora_rank :], turns.angles)
+        return q_BHC, key_BC
+
+    def prefill(self, x_TD: torch.Tensor, new: New) -> torch.Tensor:
+        m, T = self.module, len(x_TD)
+        H, N, R, L = m.num_heads, m.qk_nope_head_dim, m.qk_rope_head_dim, m.kv_lora_rank
+        q_THC, key_TC = self._projected(x_TD, new.turns)
+        self.keys.admit(key_TC[:, None], new)
+        expanded = linear(key_TC[:, :L], m.kv_b_proj).view(T, H, -1)
+        k_THC = x_TD.new_empty(T, H, N + R)
+        k_THC[..., :N] = expanded[..., :N]
+        k_THC[..., N:] = key_TC[:, None, L:]
+        out_THV = attention.packed(q_THC, k_THC, expanded[..., N:], m.scaling, new.pack)
+        return linear(out_THV.reshape(T, -1), m.o_proj)
+
+    def step(self, x_BD: torch.Tensor, places: Places) -> torch.Tensor:
+        m, B = self.module, len(x_BD)
+        H, N, R, L = m.num_heads, m.qk_nope_head_dim, m.qk_rope_head_dim, m.kv_lora_rank
+        q_BHC, key_BC = self._projected(x_BD, places.turns)
+        self.keys.append(key_BC[:, None], places)
+        weight_HCL = m.kv_b_proj.weight.view(H, -1, L)
         q_BUHC = x_BD.new_empty(B, 1, H, L + R)
         q_BUHC[:, 0, :, :L] = torch.bmm(q_BHC[..., :N].transpose(0, 1), weight_HCL[:, :N]).transpose(0, 1)
-        q_BUHC[:, 0, :, L:] = q_rot
-        self.keys.append(torch.cat([rms(kv_BX[:, :L], m.kv_a_layernorm), k_rot], dim=-1)[:, None], places)
+        q_BUHC[:, 0, :, L:] = q_BHC[..., N:]
         mixed_BUHL = attend(q_BUHC, self.keys, self.keys, L, m.scaling, places)
         out_HBV = torch.bmm(mixed_BUHL[:, 0].transpose(0, 1), weight_HCL[:, N:].transpose(1, 2))
-        return linear(out_HBV.transpose(0, 1).reshape(B, H * V), m.o_proj)
+        return linear(out_HBV.transpose(0, 1).reshape(B, -1), m.o_proj)
 
 
 class Dense:
@@ -245,35 +300,31 @@ class Dense:
     def __init__(self, module: Any) -> None:
         self.module, self.keys, self.values = module, Store(), Store()
 
-    def admit(self, layer: Any, new: Any) -> None:
-        self.keys.admit(layer.keys, new)
-        self.values.admit(layer.values, new)
-
     def move(self, moves: Any, group_moves: Any, longest: int, own: int) -> None:
         self.keys.move(moves, group_moves, longest, own)
         self.values.move(moves, group_moves, longest, own)
 
+    def _projected(self, x_BD: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        m = self.module
+        q, k, v = (linear(x_BD, part).view(len(x_BD), -1, m.head_dim) for part in (m.q_proj, m.k_proj, m.v_proj))
+        q, k = (turn_halves(part, turns.cos[:, None], turns.sin[:, None]) for part in (q, k))
+        return q, k, v
+
+    def prefill(self, x_TD: torch.Tensor, new: New) -> torch.Tensor:
+        m = self.module
+        q, k, v = self._projected(x_TD, new.turns)
+        self.keys.admit(k, new)
+        self.values.admit(v, new)
+        k, v = (part.repeat_interleave(m.num_key_value_groups, dim=1) for part in (k, v))
+        return linear(attention.packed(q, k, v, m.scaling, new.pack).reshape(len(x_TD), -1), m.o_proj)
+
     def step(self, x_BD: torch.Tensor, places: Places) -> torch.Tensor:
         m, B = self.module, len(x_BD)
-        q, k, v = (linear(x_BD, part).view(B, -1, m.head_dim) for part in (m.q_proj, m.k_proj, m.v_proj))
-        q, k = (_turned_halves(part, places.cos_BR[:, None], places.sin_BR[:, None]) for part in (q, k))
+        q, k, v = self._projected(x_BD, places.turns)
         self.keys.append(k, places)
         self.values.append(v, places)
         q_BUHC = q.view(B, -1, m.num_key_value_groups, m.head_dim)
         return linear(attend(q_BUHC, self.keys, self.values, m.head_dim, m.scaling, places).view(B, -1), m.o_proj)
-
-
-def _turned_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates interleaved pairs; the result holds all first members, then all second ones, as transformers caches them."""
-    half = x.shape[-1] // 2
-    a, b, cos, sin = x[..., 0::2], x[..., 1::2], cos[..., :half], sin[..., :half]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-def _turned_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs (x_i, x_{i + half})."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
 # ---------------------------------------------------------------- Kimi Delta Attention
@@ -291,40 +342,62 @@ class Delta:
         self.past: list[torch.Tensor] = []  # inputs [B, X] of the convolution, the oldest first
         self.state: torch.Tensor | None = None
 
-    def admit(self, layer: Any, new: Any) -> None:
-        conv_PXJ, state_PHDV = layer.conv_states[0], layer.recurrent_states[0]
-        taps = self.module.conv1d.weight.shape[-1]
-        if not self.past:
-            self.past = [conv_PXJ.new_zeros(0, conv_PXJ.shape[1])] * (taps - 1)
-        for n in range(taps - 1):
-            self.past[n] = _room(self.past[n], (new.rows_padded, conv_PXJ.shape[1]), new.rows.start, conv_PXJ)
-            self.past[n][new.rows] = conv_PXJ[:, :, n - (taps - 1)].index_select(0, new.owner)
-        self.state = _room(self.state, (new.rows_padded, *state_PHDV.shape[1:]), new.rows.start, state_PHDV)
-        self.state[new.rows] = state_PHDV.index_select(0, new.owner)
-
     def move(self, moves: Any, group_moves: Any, longest: int, own: int) -> None:
         if moves[0]:
             for kept in (*self.past, self.state):
                 kept[moves[1]] = kept[moves[0]]
+
+    def prefill(self, x_TD: torch.Tensor, new: New) -> torch.Tensor:
+        m, T = self.module, len(x_TD)
+        projected = [linear(x_TD, part)[None] for part in (m.q_proj, m.k_proj, m.v_proj)]
+        self._remember(torch.cat(projected, dim=-1)[0], new)
+        q, k, v = (part.view(1, T, m.num_heads, m.head_dim) for part in m._convolved(projected, None, new.pack))
+        log_decay, beta = self._gates(x_TD)
+        out, state_PHDV = m._attend(q, k, v, log_decay[None], beta[None], None, True, new.pack)
+        self.state = _room(self.state, (new.room, *state_PHDV.shape[1:]), new.rows.start, state_PHDV.float())
+        self.state[new.rows] = state_PHDV.index_select(0, new.owner_B).float()
+        return self._gated(out[0], x_TD)
+
+    def _remember(self, inputs_TX: torch.Tensor, new: New) -> None:
+        """The last inputs of the convolution of each prompt, 0 before its first token."""
+        reach = self.module.conv1d.weight.shape[-1] - 1
+        if not self.past:
+            self.past = [inputs_TX.new_zeros(0, inputs_TX.shape[1])] * reach
+        starts_S1 = torch.tensor(new.pack.starts, device=inputs_TX.device)
+        first_B, end_B = starts_S1[:-1][new.owner_B], starts_S1[1:][new.owner_B]
+        for n in range(reach):
+            at_B = end_B - reach + n
+            rows_BX = inputs_TX.index_select(0, at_B.clamp(min=0)).mul_((at_B >= first_B)[:, None])
+            self.past[n] = _room(self.past[n], (new.room, inputs_TX.shape[1]), new.rows.start, inputs_TX)
+            self.past[n][new.rows] = rows_BX
+
+    def _gates(self, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-decays [B, H, D] and rates [B, H]."""
+        m, gate = self.module, self.module.forget_gate
+        z = linear(linear(x_BD, gate.f_a_proj), gate.f_b_proj).view(len(x_BD), m.num_heads, m.head_dim)
+        decay = decay_gate(z, gate.A_log.view(m.num_heads, 1), gate.dt_bias.view(m.num_heads, m.head_dim))
+        return decay, torch.sigmoid(linear(x_BD, m.b_proj))
+
+    def _gated(self, out_BHD: torch.Tensor, x_BD: torch.Tensor) -> torch.Tensor:
+        m = self.module
+        share = torch.sigmoid(linear(linear(x_BD, m.g_a_proj), m.g_b_proj).view(out_BHD.shape).float())
+        mixed = (rms(out_BHD.to(x_BD.dtype).float(), m.o_norm) * share).to(x_BD.dtype)
+        return linear(mixed.reshape(len(x_BD), -1), m.o_proj)
 
     def step(self, x_BD: torch.Tensor, places: Places) -> torch.Tensor:
         m, B = self.module, len(x_BD)
         H, D = m.num_heads, m.head_dim
         q, k, v = self._convolved(x_BD).view(B, 3, H, D).unbind(1)
         q, k, v = unit(q.float(), D**-0.5), unit(k.float()), v.float()
-        gate = m.forget_gate
-        z = linear(linear(x_BD, gate.f_a_proj), gate.f_b_proj).view(B, H, D)
-        decay = decay_gate(z, gate.A_log.view(H, 1), gate.dt_bias.view(H, D)).exp_()
-        beta_BH1 = torch.sigmoid(linear(x_BD, m.b_proj)).float().unsqueeze(-1)
+        log_decay, beta = self._gates(x_BD)
+        decay = log_decay.exp_()
         state = self.state[:B].view(B * H, D, -1)
         both = torch.stack([k * decay, q * decay], dim=2).view(B * H, 2, D)
         held, base = torch.bmm(both, state).view(B, H, 2, -1).unbind(2)
-        delta = (v - held).mul_(beta_BH1)
-        out = torch.addcmul(base, (q * k).sum(-1, keepdim=True), delta).to(x_BD.dtype).float()
+        delta = (v - held).mul_(beta.float().unsqueeze(-1))
+        out = torch.addcmul(base, (q * k).sum(-1, keepdim=True), delta)
         state.mul_(decay.view(B * H, D, 1)).baddbmm_(k.view(B * H, D, 1), delta.view(B * H, 1, -1))
-        share = torch.sigmoid(linear(linear(x_BD, m.g_a_proj), m.g_b_proj).view(B, H, D).float())
-        mixed = (rms(out, m.o_norm) * share).to(x_BD.dtype)
-        return linear(mixed.reshape(B, H * D), m.o_proj)
+        return self._gated(out, x_BD)
 
     def _convolved(self, x_BD: torch.Tensor) -> torch.Tensor:
         m, B = self.module, len(x_BD)
@@ -354,7 +427,7 @@ def rms(x: torch.Tensor, norm: Any) -> torch.Tensor:
 
 
 def mlp_of(x_BD: torch.Tensor, mlp: Any) -> torch.Tensor:
-    if isinstance(mlp, FastMLP):
+    if hasattr(mlp, "gate_proj"):
         return linear(F.silu(linear(x_BD, mlp.gate_proj), inplace=True).mul_(linear(x_BD, mlp.up_proj)), mlp.down_proj)
     _, weights_BK, chosen_BK = mlp.gate(x_BD)
     if x_BD.device.type == "cpu" and mlp.experts.config._experts_implementation == experts.NAME:

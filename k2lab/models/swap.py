@@ -42,7 +42,7 @@ def _mixed(part: type[torch.nn.Module], original: type[torch.nn.Module]) -> type
 
 
 def swap(model: torch.nn.Module) -> torch.nn.Module:
-    """Changes the classes of the model's modules in place; once is enough, twice does no harm. Samplers find our decoder there."""
+    """Changes the classes of the model's modules in place, and tells samplers of our decoder; twice does no harm."""
     model.k2_decoder = decode.decoder
     for module in model.modules():
         part = PARTS.get(type(module).__name__)

@@ -56,6 +56,7 @@ class LineChart:
     log: bool = False
     x_name: str = "step"
     from_zero: bool = False
+    whole_x: bool = False  # ticks only at the points: numbers of things, not a scale
 
 
 def thin(points: Sequence[tuple[float, float | None]], limit: int = MAX_POINTS) -> list[tuple[float, float | None]]:
@@ -121,7 +122,7 @@ class _Frame:
         low, high = min(ys, default=0.0), max(ys, default=1.0)
         if chart.from_zero and low > 0 and not self.log:
             low = 0.0
-        if high <= low:
+        if high - low <= 1e-9 * max(abs(high), abs(low)):  # equal but for rounding
             low, high = (low / 2, high * 2) if self.log else (low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5)
         if self.log:
             pad = (high / low) ** 0.05
@@ -191,7 +192,8 @@ def _axes(frame: _Frame, chart: LineChart) -> str:
         text = figures.compact(value) if frame.log else figures.tick(value, distance)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_px(y)}" y2="{_px(y)}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{_px(y + 4)}" text-anchor="end">{text}</text>')
-    for value in ticks(frame.x0, frame.x1, 5):
+    steps = sorted({x for line in chart.series for x, _ in line.points}) if chart.whole_x else ticks(frame.x0, frame.x1, 5)
+    for value in steps:
         x = frame.x(value)
         anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
         parts.append(
@@ -258,6 +260,53 @@ def _legend(chart: LineChart) -> str:
         if chart.events:
             items.append(f'<span><i class="key bar"></i>{escape(chart.events_name)}</span>')
     return f'<p class="legend">{"".join(items)}</p>' if items else ""
+
+
+# ---------------------------------------------------------------- histogram
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bar: its label, how many there are, and how many of them are used (drawn in colour, the others in grey)."""
+
+    label: str
+    count: int
+    used: int
+
+
+def histogram(title: str, unit: str, bins: list[Bin], key: str, x_name: str = "", note: str = "") -> str:
+    """Vertical bars."""
+    top, room = max(each.count for each in bins) or 1, HEIGHT - TOP - BOTTOM
+    width, base = (WIDTH - LEFT - RIGHT) / len(bins), HEIGHT - BOTTOM
+    body = []
+    for value in ticks(0, top, 4):
+        if float(value).is_integer():
+            y = _px(base - value / top * room)
+            body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+            text = figures.compact(value)
+            body.append(f'<text class="tick" x="{LEFT - 6}" y="{_px(float(y) + 4)}" text-anchor="end">{text}</text>')
+    for i, each in enumerate(bins):
+        x, centre = _px(LEFT + i * width + 4), _px(LEFT + (i + 0.5) * width)
+        tall, used = each.count / top * room, each.used / top * room
+        for style, low, high in (("bin", 0.0, used), ("bin idle", used, tall)):
+            if high > low:
+                place = f'x="{x}" y="{_px(base - high)}" width="{_px(width - 8)}" height="{_px(high - low)}"'
+                body.append(f'<rect class="{style}" {place}/>')
+        if each.count:
+            text = figures.compact(each.count)
+            body.append(f'<text class="lab" x="{centre}" y="{_px(base - tall - 4)}" text-anchor="middle">{text}</text>')
+        body.append(f'<text class="tick" x="{centre}" y="{base + 15}" text-anchor="middle">{escape(each.label)}</text>')
+    body.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    middle = (LEFT + WIDTH - RIGHT) // 2
+    body.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_name)}</text>')
+    spoken = "; ".join(f"{each.label}: {each.count}" for each in bins)
+    notes = f'<p class="note">{escape(note)}</p>' if note else ""
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)} <span class="unit">{escape(unit)}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{key}-t {key}-d">'
+        f'<title id="{key}-t">{escape(title)}</title>'
+        f'<desc id="{key}-d">{escape(spoken)}</desc>{"".join(body)}</svg>{notes}</figure>'
+    )
 
 
 # ---------------------------------------------------------------- heat map

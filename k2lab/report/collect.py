@@ -20,6 +20,8 @@ from k2lab.report.figures import number
 Status = Literal["done", "failed", "unfinished", "waiting", "skipped"]
 RESULTS = "results.json"
 RESULTS_FORMATS = (0, 1)  # of results.json: this version's and the one before
+PREFERENCE = "preference.json"
+PASS_RATES = "pass_rates.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class StageView:
 
     `steps` holds one event per optimizer step in order; `seconds` and `peak_rss_mb` come from the manifest, or for a stage
     that is not finished from its events; `log_matches` is False when the log on disk was written for another artifact.
+    `preference` is what preference tuning found on held-out pairs, `pass_rates` the share of tries that solved each task.
     """
 
     name: str
@@ -50,6 +53,8 @@ class StageView:
     error: str = ""
     log_matches: bool = True
     results: dict[str, Any] | None = None
+    preference: dict[str, Any] = field(default_factory=dict)
+    pass_rates: list[float] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -337,7 +342,9 @@ def _stage(
         total=int(total) if total is not None else None,
         unit=str(starts[-1].get("unit") or "steps") if starts else "steps",
         started=min((t for t in (number(e["t"]) for e in log) if t is not None), default=None),
-        seconds=_first(manifest.get("seconds"), ends[-1].get("seconds") if ends else None, _logged_seconds(log)),
+        seconds=None
+        if status == "skipped"
+        else _first(manifest.get("seconds"), ends[-1].get("seconds") if ends else None, _logged_seconds(log)),
         peak_rss_mb=_first(
             manifest.get("peak_rss_mb"),
             max((v for v in (number(e.get("peak_rss_mb")) for e in ends) if v is not None), default=None),
@@ -346,7 +353,22 @@ def _stage(
         error="" if directory else error,
         log_matches=matches,
         results=results,
+        preference=_json(directory / PREFERENCE, problems) if directory else {},
+        pass_rates=_pass_rates(directory / PASS_RATES, problems) if directory else [],
     )
+
+
+def _pass_rates(path: Path, problems: list[str]) -> list[float]:
+    found = []
+    for line in _text(path, problems).splitlines():
+        try:
+            rate = number(json.loads(line)["pass_rate"])
+        except (ValueError, KeyError, TypeError):
+            problems.append(f"a line of {path.name} in {path.parent.name} cannot be read")
+            break
+        if rate is not None:
+            found.append(rate)
+    return found
 
 
 def _is_failure(event: dict[str, Any], log: list[dict[str, Any]]) -> bool:

@@ -56,7 +56,11 @@ def plain(value: float | None) -> str:
 
 def tick(value: float, step: float) -> str:
     """An axis label: as many decimals as the distance `step` of the ticks needs."""
-    if value and (abs(value) >= 1e5 or 0 < step < 1e-5):
+    if not value:
+        return (
+            "0" if 0 < step < 1e-3 else fixed(0.0, max(0, min(6, -math.floor(math.log10(step) + 1e-9)))) if step else plain(value)
+        )
+    if abs(value) >= 1e5 or 0 < step < 1e-5:
         return compact(value)
     return fixed(value, max(0, min(6, -math.floor(math.log10(step) + 1e-9)))) if step else plain(value)
 

@@ -8,20 +8,28 @@ import os
 from pathlib import Path
 
 from k2lab.core.artifacts import disk_errors
-from k2lab.report import record, results
+from k2lab.report import passes, record, results, tools
 from k2lab.report.collect import RunView, collect
 from k2lab.report.markup import esc, section
 from k2lab.report.measures import evaluation
+from k2lab.report.preferences import preferences
 from k2lab.report.rows import rows
+from k2lab.report.students import students
 from k2lab.report.style import CSS, SCRIPT
 from k2lab.report.training import curves, headline
 from k2lab.report.verdict import sentences
 
+OPEN_STAGES = 3  # trained stages up to which every curve is shown at once
 _NAV = (
     ("gains", "Results"),
+    ("students", "Teacher and student"),
+    ("preferences", "Preferences"),
+    ("tries", "Several tries"),
+    ("tools", "Tools"),
     ("baselines", "Baselines"),
     ("samples", "Samples"),
     ("training", "Training"),
+    ("difficulty", "Difficulty"),
     ("data", "Data"),
     ("lineage", "Lineage"),
     ("cost", "Time and memory"),
@@ -54,10 +62,15 @@ def page(run: RunView) -> str:
     said = sentences(run, found, table)
     body = "".join(
         (
-            results.gains(run, table),
+            results.gains(run, found, table),
+            students(run, found),
+            preferences(run, table),
+            results.tries(run, found),
+            tools.tools(run, found),
             results.baselines(found),
-            results.samples(found),
+            results.samples(found, apart=tools.stages(run)),
             _training(run),
+            passes.difficulty(run),
             record.funnel(run),
             record.lineage(run),
             record.cost(run),
@@ -82,8 +95,9 @@ def page(run: RunView) -> str:
 
 def _training(run: RunView) -> str:
     body = ""
+    fold = sum(bool(stage.steps) for stage in run.stages) > OPEN_STAGES
     for stage in run.stages:
-        drawn = curves(stage)
+        drawn = curves(stage, fold)
         if drawn:
             body += f'<h3>{esc(stage.name)} <span class="unit">{headline(stage)}</span></h3>{drawn}'
     text = "Recorded at every optimizer step. Move over a chart to read its values."

@@ -1,4 +1,5 @@
-"""The family tree of artifacts as an SVG drawing: each in a column after its parents, long edges led around what lies between."""
+"""The family tree of artifacts as an SVG drawing: data, models and measurements in three lanes, one row per artifact in the order
+in which they were made. Each artifact's children hang on a line of its own colour, so that many can be told apart."""
 
 from __future__ import annotations
 
@@ -6,48 +7,74 @@ from dataclasses import dataclass, field
 from html import escape
 
 from k2lab.report import figures
-from k2lab.report.collect import RunView
+from k2lab.report.collect import RunView, StageView
 
-PAGE = 1032  # pixels across the page's text; wider drawings scroll
-BOX_H, GAP_Y, LANE, PAD = 92, 20, 14, 2
-BOX_W = (116, 176)  # narrowest and widest
-GAP_X = (34, 62)
+LANES = ("Data", "Models", "Measurements")
+BOX_W, BOX_H = 236, 46
+GAP_Y, HEAD, PAD = 12, 26, 3
+PORT, TRACK, SIDE = 9, 13, 18  # distance of arrow heads on a box, of lines in a gap, of the first line from a box
+ROUND = 5
+_LANE_OF_KIND = {"dataset": 0, "tokenizer": 0, "tokens": 0, "checkpoint": 1, "report": 2}
+_LANE_OF_TYPE = {"corpus": 0, "tokenizer": 0, "tokenize": 0, "preference_data": 0, "teacher_data": 0, "evaluate": 2, "agent": 2}
+_MODEL_ROLES = ("start", "model", "models", "reference", "teacher")
 
 
 @dataclass
-class _Node:
-    """A box, or (with an empty `key`) a place where a long edge passes through a column."""
+class _Box:
+    """An artifact, or a stage still to come. `inlets` are its parents in the order of their arrow heads, per side."""
 
     key: str
-    lines: tuple[str, ...] = ()
+    lines: tuple[str, ...]
+    lane: int
     style: str = "box"
-    column: int = 0
-    left: float = 0.0
-    width: float = 0.0
-    place: float = 0.0
+    x: float = 0.0
     y: float = 0.0
-    above: list[_Node] = field(default_factory=list)  # neighbours in the column before
-    below: list[_Node] = field(default_factory=list)
+    height: float = BOX_H
+    inlets: dict[str, list[str]] = field(default_factory=lambda: {"left": [], "right": []})
+
+    def inlet(self, parent: str, side: str) -> float:
+        """Height of the arrow head of the edge from `parent`."""
+        ports = self.inlets[side]
+        first = self.y + self.height / 2 - (len(ports) - 1) * PORT / 2
+        if side == "right":  # the lower end of this side is where a box's own line begins
+            first = self.y + 10
+        return first + ports.index(parent) * PORT
 
     @property
-    def height(self) -> float:
-        return BOX_H if self.key else LANE
+    def outlet(self) -> float:
+        return self.y + self.height - 9
+
+
+@dataclass
+class _Line:
+    """The line on which a box's children hang: its gap (0 beside the data, 1 beside the models) and track in it."""
+
+    gap: int
+    colour: int
+    track: int = 0
+    x: float = 0.0
 
 
 def lineage_svg(run: RunView) -> str:
     """All present artifacts of the run, stages still to come, and what they were made from; empty if there is nothing to draw."""
-    nodes, edges = _graph(run)
-    if not nodes:
+    boxes, edges = _graph(run)
+    if not boxes:
         return ""
-    _columns(nodes, edges)
-    columns, chains = _lanes(nodes, edges)
-    _order(columns)
-    width, height = _place(columns)
-    drawn = [_edge(chain, role) for chain, role in chains]
-    drawn += [_box(node) for node in nodes.values()]
-    text = "; ".join(
-        f"{edges_to} comes from {', '.join(sorted(set(froms)))}" for edges_to, froms in _spoken(nodes, edges).items()
-    )
+    lines = _lines(boxes, edges)
+    for parent, child, _ in edges:
+        side = _side(boxes[child], lines[parent])
+        boxes[child].inlets[side].append(parent)
+    height = _rows(boxes)
+    width = _tracks(boxes, edges, lines)
+    drawn = []
+    for name, line in lines.items():  # a line's light rims lie under all of it, so that it is cut by other lines only
+        own = [_edge(boxes[name], boxes[child], line, role) for parent, child, role in edges if parent == name]
+        drawn += [rim for rim, _ in own] + [edge for _, edge in own]
+    drawn += [_box(box) for box in boxes.values()]
+    for lane in sorted({box.lane for box in boxes.values()}):
+        x = next(box.x for box in boxes.values() if box.lane == lane)
+        drawn.append(f'<text class="lane" x="{x:.0f}" y="14">{LANES[lane]}</text>')
+    text = "; ".join(f"{child} comes from {', '.join(sorted(set(froms)))}" for child, froms in _spoken(boxes, edges).items())
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Lineage drawing; scrolls sideways">'
         f'<svg class="dag" width="{width:.0f}" '
@@ -57,161 +84,129 @@ def lineage_svg(run: RunView) -> str:
     )
 
 
-def _graph(run: RunView) -> tuple[dict[str, _Node], list[tuple[str, str, str]]]:
-    nodes: dict[str, _Node] = {}
+def _graph(run: RunView) -> tuple[dict[str, _Box], list[tuple[str, str, str]]]:
+    boxes: dict[str, _Box] = {}
     edges: list[tuple[str, str, str]] = []
     names = {stage.name for stage in run.stages}
     for stage in run.stages:
-        if stage.status == "done":
-            lines = (stage.name, stage.kind or stage.type, figures.size(stage.num_bytes), f"id {stage.identity[:8] or 'unknown'}")
-            nodes[stage.name] = _Node(stage.name, lines)
-        else:
-            words = {"waiting": "not started", "skipped": "not run"}.get(stage.status, stage.status)
-            nodes[stage.name] = _Node(stage.name, (stage.name, stage.type, words), "box open")
         for role, parent, identity in stage.parents():
-            if parent not in names and parent not in nodes:
-                nodes[parent] = _Node(
-                    parent, (parent, "from outside", "this run", f"id {identity[:8]}" if identity else ""), "box outside"
-                )
+            if parent not in names and parent not in boxes:
+                lane = 1 if role.partition("[")[0] in _MODEL_ROLES else 0
+                note = f"from outside this run{f', id {identity[:8]}' if identity else ''}"
+                boxes[parent] = _Box(parent, (parent, note), lane, "box outside")
             edges.append((parent, stage.name, role))
+        boxes[stage.name] = _stage_box(stage)
         if stage.status != "done":  # what the recipe says it will be made from
             values = [v for value in stage.table.values() for v in (value if isinstance(value, list) else [value])]
             edges += [(v, stage.name, "") for v in values if isinstance(v, str) and v in names and v != stage.name]
-    return nodes, [
+    return boxes, [
         edge for i, edge in enumerate(edges) if edge[:2] not in [other[:2] for other in edges[:i]] and edge[0] != edge[1]
     ]
 
 
-def _columns(nodes: dict[str, _Node], edges: list[tuple[str, str, str]]) -> None:
-    """Longest path from a node without parents; rounds are bounded, so that an impossible cycle cannot hang the report."""
-    for _ in range(len(nodes)):
-        for parent, child, _role in edges:
-            nodes[child].column = min(max(nodes[child].column, nodes[parent].column + 1), len(nodes) - 1)
+def _stage_box(stage: StageView) -> _Box:
+    if stage.status == "done":
+        lane = _LANE_OF_KIND.get(stage.kind, 1)
+        sub = f"{stage.kind or stage.type}, {figures.size(stage.num_bytes)}, id {stage.identity[:8] or 'unknown'}"
+        return _Box(stage.name, (stage.name, sub), lane)
+    words = {"waiting": "not started", "skipped": "not run"}.get(stage.status, stage.status)
+    return _Box(stage.name, (stage.name, f"{stage.type}, {words}"), _LANE_OF_TYPE.get(stage.type, 1), "box open")
 
 
-def _lanes(nodes: dict[str, _Node], edges: list[tuple[str, str, str]]) -> tuple[list[list[_Node]], list[tuple[list[_Node], str]]]:
-    columns: list[list[_Node]] = [[] for _ in range(1 + max(node.column for node in nodes.values()))]
-    for node in nodes.values():
-        columns[node.column].append(node)
-    chains = []
-    for parent, child, role in edges:
-        chain = [nodes[parent]]
-        for column in range(nodes[parent].column + 1, nodes[child].column):
-            lane = _Node("", column=column)
-            columns[column].append(lane)
-            chain.append(lane)
-        chain.append(nodes[child])
-        for left, right in zip(chain, chain[1:]):
-            left.below.append(right)
-            right.above.append(left)
-        chains.append((chain, role))
-    return columns, chains
+def _lines(boxes: dict[str, _Box], edges: list[tuple[str, str, str]]) -> dict[str, _Line]:
+    """One line per parent: data hang theirs into the first gap, models and measurements into the second."""
+    parents = {parent for parent, _, _ in edges}
+    lines: dict[str, _Line] = {}
+    for name in (key for key in boxes if key in parents):
+        gap = min(boxes[name].lane, 1)
+        lines[name] = _Line(gap, sum(line.gap == gap for line in lines.values()) % 6)
+    return lines
 
 
-def _order(columns: list[list[_Node]]) -> None:
-    """Sorts every column by the mean place of its neighbours, sweeping forth and back (Sugiyama's barycentre rule)."""
-    for column in columns:
-        for i, node in enumerate(column):
-            node.place = float(i)
-    for sweep in range(8):
-        forward = sweep % 2 == 0
-        for column in columns if forward else reversed(columns):
-            near = {id(node): (node.above if forward else node.below) for node in column}
-
-            def mean(node: _Node, near: dict[int, list[_Node]] = near) -> float:
-                others = near[id(node)]
-                return sum(other.place for other in others) / len(others) if others else node.place
-
-            column.sort(key=mean)
-            for i, node in enumerate(column):
-                node.place = i - (len(column) - 1) / 2
+def _side(child: _Box, line: _Line) -> str:
+    """The side on which a line reaches a child: data have their gap on the right, measurements on the left."""
+    if child.lane == 1:
+        return "left" if line.gap == 0 else "right"
+    return "right" if child.lane == 0 else "left"
 
 
-def _place(columns: list[list[_Node]]) -> tuple[float, float]:
-    """Gives every node its place and returns the drawing's width and height.
-
-    Columns keep their order; within it each node moves as near to the mean height of its neighbours as the others let it, so
-    that long edges run straight.
-    """
-    num = len(columns)
-    gap = min(GAP_X[1], max(GAP_X[0], (PAGE - 2 * PAD - num * BOX_W[0]) / max(1, num - 1)))
-    box = min(BOX_W[1], max(BOX_W[0], (PAGE - 2 * PAD - (num - 1) * gap) / num))
-    for i, column in enumerate(columns):
-        for node in column:
-            node.left, node.width, node.y = PAD + i * (box + gap), box, 0.0
-        _settle(column, [0.0] * len(column))
-    for sweep in range(60):
-        for column in columns if sweep % 2 == 0 else reversed(columns):
-            wanted = []
-            for node in column:
-                # Two lanes side by side pull harder than a box does, so that edges bend at boxes only.
-                near = [(o.y + o.height / 2, 8.0 if not (node.key or o.key) else 1.0) for o in (*node.above, *node.below)]
-                total = sum(weight for _, weight in near)
-                middle = sum(y * weight for y, weight in near) / total if total else node.y + node.height / 2
-                wanted.append(middle - node.height / 2)
-            _settle(column, wanted)
-    top = min(node.y for column in columns for node in column) - PAD
-    for column in columns:
-        for node in column:
-            node.y -= top
-    height = max(node.y + node.height for column in columns for node in column) + PAD
-    return num * box + (num - 1) * gap + 2 * PAD, height
+def _rows(boxes: dict[str, _Box]) -> float:
+    """Heights and places of the boxes from top to bottom; returns the drawing's height."""
+    y = float(HEAD)
+    for box in boxes.values():
+        right = 10 + len(box.inlets["right"]) * PORT + 12
+        box.height = max(BOX_H, 10 + len(box.inlets["left"]) * PORT, right)
+        box.y = y
+        y += box.height + GAP_Y
+    return y - GAP_Y + PAD
 
 
-def _settle(column: list[_Node], wanted: list[float]) -> None:
-    """Heights nearest to the wanted ones (least squares) that keep order and distances: isotonic regression by pooling."""
-    offsets = [0.0]
-    for node in column[:-1]:
-        offsets.append(offsets[-1] + node.height + GAP_Y)
-    pools: list[tuple[float, int]] = []
-    for want, offset in zip(wanted, offsets):
-        mean, num = want - offset, 1
-        while pools and pools[-1][0] > mean:
-            before, size = pools.pop()
-            mean, num = (mean * num + before * size) / (num + size), num + size
-        pools.append((mean, num))
-    bases = [mean for mean, num in pools for _ in range(num)]
-    for node, base, offset in zip(column, bases, offsets):
-        node.y = base + offset
+def _tracks(boxes: dict[str, _Box], edges: list[tuple[str, str, str]], lines: dict[str, _Line]) -> float:
+    """Gives each line a track that is free over its whole length, and everything its place sideways; returns the width."""
+    used: list[list[list[tuple[float, float]]]] = [[], []]
+    for name, line in lines.items():
+        ends = [boxes[child].inlet(name, _side(boxes[child], line)) for parent, child, _ in edges if parent == name]
+        low, high = min(boxes[name].outlet, *ends) - PORT, max(boxes[name].outlet, *ends) + PORT
+        gap = used[line.gap]
+        line.track = next((i for i, spans in enumerate(gap) if all(high < a or low > b for a, b in spans)), len(gap))
+        if line.track == len(gap):
+            gap.append([])
+        gap[line.track].append((low, high))
+    lanes = sorted({box.lane for box in boxes.values()})
+    lefts, x = {}, float(PAD)
+    starts = [0.0, 0.0]
+    for lane in range(3):
+        if lane in lanes:
+            lefts[lane] = x
+            x += BOX_W
+        if lane < 2:
+            starts[lane] = x + SIDE
+            x += 2 * SIDE + max(0, len(used[lane]) - 1) * TRACK if used[lane] else SIDE * (lane in lanes)
+    for box in boxes.values():
+        box.x = lefts[box.lane]
+    for line in lines.values():
+        line.x = starts[line.gap] + line.track * TRACK
+    return x + PAD
 
 
-def _edge(chain: list[_Node], role: str) -> str:
-    path = ""
-    for left, right in zip(chain, chain[1:]):
-        x0, y0 = left.left + left.width, left.y + left.height / 2
-        x1, y1 = right.left, right.y + right.height / 2
-        if not path:
-            path = f"M{x0:.0f} {y0:.0f}"
-        elif not left.key:
-            path += f"L{x0:.0f} {y0:.0f}"
-        bend = (x1 - x0) * 0.55
-        end = x1 - 5 if right is chain[-1] else x1
-        path += f"C{x0 + bend:.0f} {y0:.0f} {x1 - bend:.0f} {y1:.0f} {end:.0f} {y1:.0f}"
-    last = chain[-1]
-    x, y = last.left, last.y + last.height / 2
-    arrow = f'<path class="head" d="M{x:.0f} {y:.0f}l-8 -4v8z"/>'
-    title = f"<title>{escape(chain[-1].key)}: {escape(role or 'made from')} = {escape(chain[0].key)}</title>"
-    return f'<g>{title}<path class="edge" d="{path}"/>{arrow}</g>'
-
-
-def _box(node: _Node) -> str:
-    x, y = node.left, node.y
-    texts = "".join(
-        f'<text class="{"name" if i == 0 else "sub"}" x="{x + 9:.0f}" y="{y + 24 + 18 * i + (i > 0):.0f}">'
-        f"{escape(_cut(line, int((node.width - 16) / (8.2 if i == 0 else 7))))}</text>"
-        for i, line in enumerate(node.lines)
+def _edge(parent: _Box, child: _Box, line: _Line, role: str) -> tuple[str, str]:
+    """(light rim, edge) from a parent along its line to a child."""
+    y0, side = parent.outlet, _side(child, line)
+    y1 = child.inlet(parent.key, side)
+    x0 = parent.x + BOX_W if parent.lane < 2 else parent.x
+    x1 = child.x if side == "left" else child.x + BOX_W
+    into = 1 if x1 > line.x else -1
+    end = x1 - 7 * into
+    down = 1 if y1 > y0 else -1
+    bend = min(ROUND, abs(y1 - y0) / 2)
+    away = 1 if line.x > x0 else -1
+    path = (
+        f"M{x0:.0f} {y0:.1f}H{line.x - away * bend:.1f}Q{line.x:.1f} {y0:.1f} {line.x:.1f} {y0 + down * bend:.1f}"
+        f"V{y1 - down * bend:.1f}Q{line.x:.1f} {y1:.1f} {line.x + into * bend:.1f} {y1:.1f}H{end:.1f}"
     )
-    title = f"<title>{escape(' | '.join(line for line in node.lines if line))}</title>"
-    place = f'x="{x:.0f}" y="{y:.0f}" width="{node.width:.0f}" height="{BOX_H}" rx="7"'
-    return f'<g>{title}<rect class="{node.style}" {place}/>{texts}</g>'
+    arrow = f'<path class="head c{line.colour}" d="M{x1:.0f} {y1:.1f}l{-8 * into} -4v8z"/>'
+    title = f"<title>{escape(child.key)}: {escape(role or 'made from')} = {escape(parent.key)}</title>"
+    return f'<path class="halo" d="{path}"/>', f'<g>{title}<path class="edge c{line.colour}" d="{path}"/>{arrow}</g>'
+
+
+def _box(box: _Box) -> str:
+    middle = box.y + box.height / 2
+    texts = "".join(
+        f'<text class="{"name" if i == 0 else "sub"}" x="{box.x + 11:.0f}" y="{middle - 4 + 17 * i:.1f}">'
+        f"{escape(_cut(line, int((BOX_W - 20) / (8.2 if i == 0 else 6.4))))}</text>"
+        for i, line in enumerate(box.lines)
+    )
+    title = f"<title>{escape(' | '.join(line for line in box.lines if line))}</title>"
+    place = f'x="{box.x:.0f}" y="{box.y:.0f}" width="{BOX_W:.0f}" height="{box.height:.0f}" rx="7"'
+    return f'<g>{title}<rect class="{box.style}" {place}/>{texts}</g>'
 
 
 def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "\u2026"
 
 
-def _spoken(nodes: dict[str, _Node], edges: list[tuple[str, str, str]]) -> dict[str, list[str]]:
+def _spoken(boxes: dict[str, _Box], edges: list[tuple[str, str, str]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for parent, child, _ in edges:
         found.setdefault(child, []).append(parent)
-    return {child: found[child] for child in nodes if child in found}
+    return {child: found[child] for child in boxes if child in found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from k2lab.report.collect import RunView
@@ -11,7 +11,8 @@ from k2lab.report.figures import number
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric of one model. `low`, `high`: 95 % interval as the evaluation recorded it; `std`, `n` likewise."""
+    """One metric of one model. `low`, `high`: 95 % interval as the evaluation recorded it; `std`, `n` likewise; `source` is the
+    stage that measured it."""
 
     metric: str
     value: float
@@ -22,15 +23,18 @@ class Measure:
     std: float | None = None
     n: float | None = None
     settings: str = ""
+    source: str = ""
 
 
 @dataclass
 class ModelView:
-    """A measured model: `stage` is the trained stage that made it, None for an untrained or external one."""
+    """A measured model: `stage` is the trained stage that made it, None for an untrained or external one; `sources` are the
+    stages that measured it."""
 
     name: str
     stage: str | None
     label: str
+    sources: list[str] = field(default_factory=list)
     measures: dict[tuple[str, str], Measure] = field(default_factory=dict)  # by (metric, settings)
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)  # by prompt
 
@@ -62,11 +66,11 @@ class Evaluation:
     changes: list[dict[str, Any]] = field(default_factory=list)
     baselines: list[Baseline] = field(default_factory=list)
 
-    def change(self, before: str, after: str, metric: str, settings: str) -> dict[str, Any]:
-        """The recorded paired change of a metric between two models, or an empty table."""
+    def change(self, before: str, after: str, measure: Measure) -> dict[str, Any]:
+        """The paired change of a measure between two models as the stage recorded it that made the measure, or an empty table."""
         for change in reversed(self.changes):
-            same = change.get("before") == before and change.get("after") == after and change.get("metric") == metric
-            if same and change.get("settings") in (None, "", settings):
+            same = change.get("before") == before and change.get("after") == after and change.get("metric") == measure.metric
+            if same and change.get("settings") in (None, "", measure.settings) and change["source"] == measure.source:
                 return change
         return {}
 
@@ -101,26 +105,31 @@ class Evaluation:
 
 def evaluation(run: RunView) -> Evaluation:
     """What all finished evaluate stages measured; of the same figure measured twice, the later stage's counts."""
-    return merge([stage.results for stage in run.stages if stage.results])
+    return merge({stage.name: stage.results for stage in run.stages if stage.results})
 
 
-def merge(results: list[dict[str, Any]]) -> Evaluation:
-    """Merges parsed `results.json` files, the later ones over the earlier. Entries without a name or a value are left out."""
+def merge(results: dict[str, dict[str, Any]]) -> Evaluation:
+    """Merges parsed `results.json` files by the stage that wrote them, the later ones over the earlier. Entries without a name
+    or a value are left out."""
     merged = Evaluation()
-    for item in results:
-        _add(merged, item)
+    for source, item in results.items():
+        _add(merged, source, item)
     return merged
 
 
-def _add(merged: Evaluation, results: dict[str, Any]) -> None:
+def _add(merged: Evaluation, source: str, results: dict[str, Any]) -> None:
     for entry in _tables(results.get("models")):
         name = str(entry.get("name") or entry.get("stage") or "model")
         stage = entry.get("stage")
         label = str(entry.get("label") or name)
         model = merged.models.setdefault(name, ModelView(name, None if stage is None else str(stage), label))
+        model.sources += [source] if source not in model.sources else []
         for item in _tables(entry.get("metrics")):
-            measure = _measure(item)
+            measure = _measure(item, source)
             if measure is not None:
+                old = model.measures.get((measure.metric, measure.settings))
+                if old is not None and old.source != source and old.n != measure.n:  # the same question about other examples
+                    measure = replace(measure, settings=f"{measure.settings}, in {source}".removeprefix(", "))
                 model.measures[measure.metric, measure.settings] = measure
         for sample in _tables(entry.get("samples")):
             model.samples[_shown(sample.get("prompt"))] = {
@@ -130,7 +139,7 @@ def _add(merged: Evaluation, results: dict[str, Any]) -> None:
     for edge in results.get("chain") or []:
         if isinstance(edge, list) and len(edge) == 2:
             merged.before[str(edge[1])] = str(edge[0])
-    merged.changes += _tables(results.get("changes"))
+    merged.changes += [{**change, "source": source} for change in _tables(results.get("changes"))]
     for item in _tables(results.get("baselines")):
         value = number(item.get("value"))
         if value is not None:
@@ -141,7 +150,7 @@ def _add(merged: Evaluation, results: dict[str, Any]) -> None:
             merged.baselines.append(baseline)
 
 
-def _measure(item: dict[str, Any]) -> Measure | None:
+def _measure(item: dict[str, Any], source: str) -> Measure | None:
     value = number(item.get("value"))
     if value is None or not item.get("metric"):
         return None
@@ -158,6 +167,7 @@ def _measure(item: dict[str, Any]) -> Measure | None:
         std=number(item.get("std")),
         n=number(item.get("n")),
         settings=str(settings or ""),
+        source=source,
     )
 
 

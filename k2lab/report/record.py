@@ -10,6 +10,8 @@ from k2lab.report import figures
 from k2lab.report.collect import RunView, StageView
 from k2lab.report.lineage import lineage_svg
 from k2lab.report.markup import esc, flatten, section, shorten
+from k2lab.report.tools import sandboxes
+from k2lab.report.verdict import DETAIL
 from k2lab.report.words import stage_help
 
 _STATUS = {
@@ -23,7 +25,9 @@ _STATUS = {
 
 def header(run: RunView, said: list[str]) -> str:
     """Name, verdict, facts and the strip of stages. `said` are plain sentences, the first of which leads."""
-    more = "".join(f'<p class="more">{esc(text)}</p>' for text in said[1:])
+    more = "".join(f'<p class="more">{esc(text)}</p>' for text in said[1:] if not text.startswith(DETAIL))
+    each = "".join(f"<li>{esc(text.removeprefix(DETAIL))}</li>" for text in said if text.startswith(DETAIL))
+    more += f'<details class="stages"><summary>Stage by stage</summary><ol class="story">{each}</ol></details>' if each else ""
     about = f'<p class="about">{esc(run.recipe["description"])}</p>' if run.recipe.get("description") else ""
     facts = "".join(f"<div><dt>{esc(dt)}</dt><dd>{dd}</dd></div>" for dt, dd in _facts(run))
     return (
@@ -41,7 +45,7 @@ def _banner(run: RunView) -> str:
         elif stage.status == "unfinished":
             lines.append(f"<p><b>The stage {esc(stage.name)} is not finished</b>{_reached(stage)}.</p>")
         elif stage.status == "skipped":
-            lines.append(f"<p><b>The stage {esc(stage.name)} was not run.</b> {shorten(stage.error, 600)}</p>")
+            lines.insert(0, f"<p><b>The stage {esc(stage.name)} was not run.</b> {shorten(stage.error, 600)}</p>")
     waiting = [stage.name for stage in run.stages if stage.status == "waiting"]
     if waiting:
         lines.append(f"<p>Not started: {esc(', '.join(waiting))}.</p>")
@@ -75,6 +79,11 @@ def _facts(run: RunView) -> list[tuple[str, str]]:
         first, rest = (order or list(versions))[0], (order or list(versions)[:4])[1:]
         small = ", ".join(f"{key} {versions[key]}" for key in rest)
         facts.append(("Software", f"{esc(first)} {esc(versions[first])}<small>{esc(small)}</small>"))
+    for text in sandboxes(run):
+        tool, _, box = text.partition(": ")
+        kind, _, limits = box.partition("; ")
+        small = f"in it runs the tool {esc(tool)}" + ("; its limits stand under Tools" if limits else "")
+        facts.append(("Sandbox", f"{esc(kind)}<small>{small}</small>"))
     if run.started:
         day, _, clock = figures.when(run.started).partition(", ")
         facts.append(("Started", f"{esc(day)}<small>{esc(clock)}</small>"))
@@ -346,10 +355,13 @@ def command(run: RunView) -> str:
 _HOW = (
     """Measured on the machine named above: time, memory, speed, every curve and every metric. Nothing on this page is an estimate
     or copied from elsewhere; the sentences at the top are computed from the table below them.""",
-    """Metrics, their 95 % intervals and the intervals of changes were computed by the evaluate stage over n examples, with the
-    settings given in each row. An interval says how far other examples of the same kind could move a figure, not what another
-    seed would do.""",
+    """Metrics, their 95 % intervals and the intervals of changes were computed by the stages that measure models, over n
+    examples, with the settings given in each row. An interval says how far other examples of the same kind could move a figure,
+    not what another seed would do.""",
     """Before is the value of the model that the stage started from, on the same examples.""",
+    """The rows that lead a stage are chosen by a rule, not by hand: how well it predicts text, its answers over all tasks, the
+    kinds of tasks that gained and lost most, what preference tuning moved; and always what became most clearly worse. All other
+    measures are one click away, and all of them are in k2 report RUN --json.""",
     """Total time is the sum over stages, each counted once, also if an earlier command made it. Time between an interruption and
     the command that went on is not counted.""",
     """Curves come from the event log. With more than 160 steps, each drawn point is the mean of a run of steps, and the shaded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from k2lab.report import figures
+from k2lab.report import figures, headlines, preferences
 from k2lab.report.collect import RunView, StageView, collect
 from k2lab.report.measures import Evaluation, Measure, ModelView, evaluation, merge
 
@@ -18,8 +18,9 @@ def summary(run_dir: Path) -> dict[str, Any]:
     Each row has `stage, metric, before, after, low, high, n, seconds, peak_rss_mb`; `low`, `high` are the 95 % interval of
     `after`, `before` is the value of the model that the stage started from (None if it was not measured). A stage without
     metrics has one row with `metric` None. Rows of a metric also have `unit, better, change, change_low, change_high,
-    settings, settings_before, model, verdict`; `verdict` is better, worse, unclear or unknown. `seconds` and `peak_rss_mb`
-    belong to the stage and are repeated in each of its rows; `total_seconds` counts every stage once.
+    settings, settings_before, model, verdict, headline`; `verdict` is better, worse, unclear or unknown, `headline` says whether
+    the row is among the few that lead a stage's part of the table. `seconds` and `peak_rss_mb` belong to the stage and are
+    repeated in each of its rows; `total_seconds` counts every stage once.
     """
     run = collect(run_dir)
     return {"total_seconds": run.total_seconds, "rows": rows(run, evaluation(run))}
@@ -34,11 +35,21 @@ def rows(run: RunView, found: Evaluation) -> list[dict[str, Any]]:
     table: list[dict[str, Any]] = []
     for stage in run.stages:
         cost = {"seconds": stage.seconds, "peak_rss_mb": stage.peak_rss_mb}
-        measured = [row for model in by_stage.pop(stage.name, []) for row in _model_rows(stage.name, model, found, cost)]
+        measured = _preference_rows(stage, cost)
+        measured += [row for model in by_stage.pop(stage.name, []) for row in _model_rows(stage.name, model, found, cost)]
         table += measured or [{"stage": stage.name, **_EMPTY, **cost}]
     for name, models in by_stage.items():  # models of stages that this recipe does not have
         for model in models:
             table += _model_rows(name, model, found, {"seconds": None, "peak_rss_mb": None})
+    headlines.mark(table)
+    return table
+
+
+def _preference_rows(stage: StageView, cost: dict[str, Any]) -> list[dict[str, Any]]:
+    table = []
+    for found in preferences.measures(stage):
+        row = {"stage": stage.name, **{key: found[key] for key in _EMPTY}, **cost, **found}
+        table.append({**row, "verdict": _verdict(row) if row["change"] is not None else "unknown"})
     return table
 
 
@@ -47,7 +58,7 @@ def _model_rows(stage: str, model: ModelView, found: Evaluation, cost: dict[str,
     table = []
     for measure in model.measures.values():
         start = earlier.find(measure.metric, measure.settings) if earlier else None
-        change = found.change(earlier.name, model.name, measure.metric, measure.settings) if earlier else {}
+        change = found.change(earlier.name, model.name, measure) if earlier else {}
         difference = figures.number(change.get("change"))
         row = {
             "stage": stage,
@@ -78,14 +89,25 @@ def verdict(row: dict[str, Any], start: Measure | None, end: Measure) -> str:
     if start is None or row["change"] is None or end.better not in ("lower", "higher"):
         return "unknown"
     if row["change_low"] is not None and row["change_high"] is not None:
-        falls, rises = row["change_high"] < 0, row["change_low"] > 0
-    elif None not in (start.low, start.high, end.low, end.high):
+        return _verdict(row)
+    if None not in (start.low, start.high, end.low, end.high):
         falls, rises = end.high < start.low, end.low > start.high  # type: ignore[operator]
     else:
         return "unclear"
+    return _word(falls, rises, end.better)
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """The verdict of a row with a paired change."""
+    if row["change_low"] is None or row["change_high"] is None:
+        return "unclear"
+    return _word(row["change_high"] < 0, row["change_low"] > 0, row["better"])
+
+
+def _word(falls: bool, rises: bool, better: str) -> str:
     if not falls and not rises:
         return "unclear"
-    return "better" if falls == (end.better == "lower") else "worse"
+    return "better" if falls == (better == "lower") else "worse"
 
 
 def places(row: dict[str, Any]) -> int:
@@ -111,11 +133,14 @@ def interval(row: dict[str, Any], low: str = "low", high: str = "high", sign: bo
 
 
 def summary_text(run_dir: Path) -> str:
-    """The summary as a table for a terminal; plain ASCII apart from what the run itself contains."""
+    """The rows that lead as a table for a terminal; plain ASCII apart from what the run itself contains."""
     run = collect(run_dir)
     heads = ["stage", "metric", "before", "after", "change", "95% interval", "n", "", "time", "memory"]
     lines, last = [], None
-    for row in rows(run, evaluation(run)):
+    table = rows(run, evaluation(run))
+    for row in table:
+        if not row["headline"]:
+            continue
         first = row["stage"] != last
         last = row["stage"]
         memory = figures.size(row["peak_rss_mb"] * 1e6) if row["peak_rss_mb"] is not None else figures.DASH
@@ -125,12 +150,16 @@ def summary_text(run_dir: Path) -> str:
         cost = [figures.duration(row["seconds"]), memory] if first else ["", ""]
         name = _label(run.stage(row["stage"]), row["stage"]) if first else ""
         lines.append([name, _metric(row), *texts, figures.count(row["n"]), row.get("verdict", ""), *cost])
-    return _table(heads, lines, left={0, 1, 7}) + f"\ntotal: {_ascii(figures.duration(run.total_seconds))}\n"
+    text = _table(heads, lines, left={0, 1, 7}) + f"\ntotal: {_ascii(figures.duration(run.total_seconds))}\n"
+    hidden = sum(not row["headline"] for row in table)
+    if hidden:
+        text += f'{hidden} more measures: k2 report {_ascii(str(run_dir))} --json, or "all measures" on the page\n'
+    return text
 
 
 def results_text(results: dict[str, Any]) -> str:
     """A parsed `results.json` as a table for a terminal: every model's metrics, then the baselines."""
-    found = merge([results])
+    found = merge({"": results})
     lines = []
     for model in found.ordered():
         for n, item in enumerate(model.measures.values()):

@@ -1,4 +1,5 @@
-"""The curves of one training stage: loss, validation, learning rate, gradient norm, attention logits, expert load, speed."""
+"""The curves of one training stage: rewards and losses first, then learning rate, gradient norm, attention logits, expert load,
+speed."""
 
 from __future__ import annotations
 
@@ -7,10 +8,23 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from k2lab.report import charts, figures
+from k2lab.report import charts, figures, objective_charts, rollout_charts
 from k2lab.report.charts import Band, LineChart, Series
 from k2lab.report.collect import StageView
 from k2lab.report.figures import number
+from k2lab.report.objective_charts import loss_words
+from k2lab.report.points import (
+    Points,
+    is_loss,
+    known,
+    moments,
+    names_in,
+    natural,
+    points_of,
+    table_of,
+    valid_points,
+    with_band,
+)
 from k2lab.report.words import metric_help, metric_label
 
 MAX_HEADS = 16  # drawn one by one; with more, the range over all heads and the most extreme ones
@@ -19,109 +33,72 @@ MAX_HEAT_MAPS = 4
 MAX_EXPERTS = 64  # rows of a heat map
 HEAT_COLUMNS = 60
 
-Points = list[tuple[float, float | None]]
+Maker = Callable[[StageView], list[LineChart]]
 
 
-def curves(stage: StageView) -> str:
-    """All charts of a stage with optimizer steps, as one grid; empty if it has none."""
+def curves(stage: StageView, fold: bool = False) -> str:
+    """All charts of a stage with optimizer steps, as one grid; empty if it has none. With `fold`, those about the machinery
+    (learning rate, gradients, attention, experts, speed) are behind a click."""
     if not stage.steps:
         return ""
     key = f"s{sum(map(ord, stage.name))}{len(stage.name)}"
-    makers: list[Callable[[StageView], list[LineChart]]] = [_loss, _valid, _learning_rate, _grad_norm, _logits, _balance, _speed]
-    drawn = [charts.line_chart(chart, f"{key}-{maker.__name__}{i}") for maker in makers for i, chart in enumerate(maker(stage))]
+    machinery: list[Maker] = [_learning_rate, _grad_norm, _logits, _balance, _speed]
+    makers: list[Maker] = [_loss, _valid, *objective_charts.MAKERS]
+    if any(table_of(event, rollout_charts.FIELD) for event in stage.steps):  # rewards lead, the height of the loss says little
+        makers = [*rollout_charts.MAKERS, *objective_charts.MAKERS, _loss, _valid, *rollout_charts.LAST]
+    first = _drawn(stage, key, makers)
+    second = _drawn(stage, key, machinery)
     maps = _heat_maps(stage, key)
-    grid = f'<div class="grid2">{"".join(drawn)}</div>'
+    heat = ""
     if maps:
-        grid += f'<h4>Which expert works how much, over time</h4>{charts.heat_legend()}<div class="grid2">{"".join(maps)}</div>'
-    return grid
+        heat = f'<h4>Which expert works how much, over time</h4>{charts.heat_legend()}<div class="grid2">{"".join(maps)}</div>'
+    if not fold or not first:
+        return f'<div class="grid2">{first}{second}</div>{heat}'
+    inner = f'<div class="grid2">{second}</div>{heat}'
+    words = "Learning rate, gradients, attention, experts, speed"
+    return f'<div class="grid2">{first}</div><details><summary>{words}</summary>{inner}</details>'
 
 
-def _points(stage: StageView, pick: Callable[[dict[str, Any]], Any]) -> Points:
-    return [(float(event["step"]), number(pick(event))) for event in stage.steps]
-
-
-def _known(points: Points) -> bool:
-    return any(value is not None for _, value in points)
-
-
-def _moments(stage: StageView) -> list[tuple[float, str]]:
-    return [(float(step), "resumed") for step in stage.resumed_at if step > 0]
-
-
-def _table(event: dict[str, Any], name: str) -> dict[str, Any]:
-    value = event.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-def _names(stage: StageView, field: str) -> list[str]:
-    """All keys that the table `field` has in any step, numbers in numeric order."""
-    found = {str(name) for event in stage.steps for name in _table(event, field)}
-    return sorted(found, key=_natural)
-
-
-def _natural(name: str) -> list[tuple[str, int]]:
-    """Sorts `layer 9` before `layer 10`."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
-
-
-def _with_band(name: str, points: Points, colour: int) -> tuple[list[Series], list[Band]]:
-    band = charts.envelope(points)
-    return [Series(name, points, colour)], [Band(f"range of {name}", band, colour)] if band else []
-
-
-def _is_loss(name: str) -> bool:
-    """Validation of a loss term is recorded as `valid/<term>`; other names are metrics with a chart of their own."""
-    return name.startswith("valid/") or any(word in name.lower() for word in ("loss", "nll", "cross_entropy"))
-
-
-def _valid_points(stage: StageView) -> dict[str, Points]:
-    found: dict[str, Points] = {}
-    for event in stage.valid:
-        for name, value in _table(event, "metrics").items():
-            found.setdefault(str(name), []).append((float(event["step"]), number(value)))
-    return {name: points for name, points in found.items() if _known(points)}
+def _drawn(stage: StageView, key: str, makers: list[Maker]) -> str:
+    return "".join(
+        charts.line_chart(chart, f"{key}-{maker.__module__.rpartition('.')[2]}{maker.__name__}{i}")
+        for maker in makers
+        for i, chart in enumerate(maker(stage))
+    )
 
 
 def _loss(stage: StageView) -> list[LineChart]:
-    lines: list[Series] = []
-    bands: list[Band] = []
-    broken: set[float] = set()
-    terms = _names(stage, "losses")
-    alone = len(terms) == 1
+    """One chart per loss term: their units differ."""
+    terms = names_in(stage, "losses")
+    valid = valid_points(stage)
+    drawn = []
     for term in terms:
-        points = _points(stage, lambda event, term=term: _table(event, "losses").get(term))  # type: ignore[misc]
-        broken |= {x for x, value in points if value is None}
-        if _known(points):
-            series, band = _with_band("training" if alone else f"training {term}", points, len(lines))
-            lines, bands = lines + series, bands + band
-    for name, points in _valid_points(stage).items():
-        if _is_loss(name):
-            label = "validation" if alone else f"validation {name.removeprefix('valid/')}"
-            lines.append(Series(label, points, len(lines), dots=True))
-    if not lines:
-        return []
-    note = f"No finite value at {len(broken)} steps, first at step {min(broken):g}." if broken else ""
-    return [
-        LineChart(
-            "Loss in training",
-            "nats per token" if alone else "",
-            lines,
-            bands,
-            moments=_moments(stage),
-            note=note,
-            help="How surprised the model is by the text it learns from, and by held-out text. Both should fall.",
-        )
-    ]
+        points = points_of(stage, lambda event, term=term: table_of(event, "losses").get(term))  # type: ignore[misc]
+        broken = [x for x, value in points if value is None]
+        lines, bands = with_band("training", points, 0) if known(points) else ([], [])
+        held_out = [name for name in valid if name == f"valid/{term}" or (len(terms) == 1 and is_loss(name))]
+        lines += [Series("validation", valid[name], i + 1, dots=True) for i, name in enumerate(held_out)]
+        if not lines:
+            continue
+        note = f"No finite value at {len(broken)} steps, first at step {min(broken):g}." if broken else ""
+        title, unit, text = loss_words(term, alone=len(terms) == 1)
+        drawn.append(LineChart(title, unit, lines, bands, moments=moments(stage), note=note, help=text))
+    return drawn
 
 
 def _valid(stage: StageView) -> list[LineChart]:
-    found = [(name, points) for name, points in _valid_points(stage).items() if not _is_loss(name)]
+    shown = set(names_in(stage, "losses"))
+    found = [
+        (name, points)
+        for name, points in valid_points(stage).items()
+        if not name.startswith("held_out/") and not is_loss(name) and name.removeprefix("valid/") not in shown
+    ]
     return [
         LineChart(
             f"Validation: {metric_label(name)[:1].lower()}{metric_label(name)[1:]}",
             "",
             [Series(name, points, i + 1, dots=True)],
-            moments=_moments(stage),
+            moments=moments(stage),
             help=metric_help(name),
         )
         for i, (name, points) in enumerate(found[:4])
@@ -129,39 +106,39 @@ def _valid(stage: StageView) -> list[LineChart]:
 
 
 def _learning_rate(stage: StageView) -> list[LineChart]:
-    groups = _names(stage, "lr")
+    groups = names_in(stage, "lr")
     if groups:
         lines = [
-            Series(name, _points(stage, lambda e, name=name: _table(e, "lr").get(name)), i)  # type: ignore[misc]
+            Series(name, points_of(stage, lambda e, name=name: table_of(e, "lr").get(name)), i)  # type: ignore[misc]
             for i, name in enumerate(groups[: charts.NUM_COLOURS])
         ]
     else:
-        lines = [Series("learning rate", _points(stage, lambda event: event.get("lr")))]
-    lines = [line for line in lines if _known(list(line.points))]
+        lines = [Series("learning rate", points_of(stage, lambda event: event.get("lr")))]
+    lines = [line for line in lines if known(list(line.points))]
     if not lines:
         return []
     text = "How far each step may move the weights. A rise at the start and a fall at the end are planned."
-    return [LineChart("Learning rate", "", lines, moments=_moments(stage), help=text, from_zero=True)]
+    return [LineChart("Learning rate", "", lines, moments=moments(stage), help=text, from_zero=True)]
 
 
 def _grad_norm(stage: StageView) -> list[LineChart]:
-    points = _points(stage, lambda event: event.get("grad_norm"))
-    if not _known(points):
+    points = points_of(stage, lambda event: event.get("grad_norm"))
+    if not known(points):
         return []
     values = [value for _, value in points if value is not None and value > 0]
-    series, band = _with_band("gradient norm", points, 0)
+    series, band = with_band("gradient norm", points, 0)
     wide = bool(values) and max(values) > 30 * min(values)
     text = "How strongly the text pulls at the weights. Spikes are signs of instability; none should grow without end."
-    return [LineChart("Gradient norm", "", series, band, moments=_moments(stage), help=text, log=wide, from_zero=True)]
+    return [LineChart("Gradient norm", "", series, band, moments=moments(stage), help=text, log=wide, from_zero=True)]
 
 
 def _speed(stage: StageView) -> list[LineChart]:
-    points = _points(stage, lambda event: event.get("tokens_per_s"))
-    if not _known(points):
+    points = points_of(stage, lambda event: event.get("tokens_per_s"))
+    if not known(points):
         return []
-    series, band = _with_band("tokens per second", points, 2)
+    series, band = with_band("tokens per second", points, 2)
     text = "Tokens trained on per second, all machines together."
-    return [LineChart("Speed", "tokens/s", series, band, moments=_moments(stage), help=text, from_zero=True)]
+    return [LineChart("Speed", "tokens/s", series, band, moments=moments(stage), help=text, from_zero=True)]
 
 
 # ---------------------------------------------------------------- attention logits
@@ -181,11 +158,11 @@ def _heads(stage: StageView) -> list[tuple[str, Points]]:
     """(`layer 2, head 0`, points) of every head."""
     found: dict[tuple[str, int], Points] = {}
     for event in stage.steps:
-        for layer, heads in _table(event, "max_logits").items():
+        for layer, heads in table_of(event, "max_logits").items():
             for head, value in enumerate(heads if isinstance(heads, list) else [heads]):
                 found.setdefault((str(layer), head), []).append((float(event["step"]), number(value)))
-    ordered = sorted(found, key=lambda item: (_natural(item[0]), item[1]))
-    return [(f"layer {layer}, head {head}", found[layer, head]) for layer, head in ordered if _known(found[layer, head])]
+    ordered = sorted(found, key=lambda item: (natural(item[0]), item[1]))
+    return [(f"layer {layer}, head {head}", found[layer, head]) for layer, head in ordered if known(found[layer, head])]
 
 
 def _logits(stage: StageView) -> list[LineChart]:
@@ -207,7 +184,8 @@ def _logits(stage: StageView) -> list[LineChart]:
         bands = [Band(f"all {len(heads)} heads", _range([points for _, points in heads]), 0)]
         extra = "The shaded range covers all heads; the four with the largest logits are drawn."
     clipped = [
-        (float(e["step"]), sum(len(h) if isinstance(h, list) else 1 for h in _table(e, "clipped").values())) for e in stage.steps
+        (float(e["step"]), sum(len(h) if isinstance(h, list) else 1 for h in table_of(e, "clipped").values()))
+        for e in stage.steps
     ]
     clipped = [(step, num) for step, num in clipped if num]
     bound = tau(stage.table.get("optim")) or tau((stage.manifest.get("stage") or {}).get("optim"))
@@ -228,7 +206,7 @@ def _logits(stage: StageView) -> list[LineChart]:
             lines,
             bands,
             levels=levels,
-            moments=_moments(stage),
+            moments=moments(stage),
             events=[(step, f"{num} clipped") for step, num in clipped],
             events_name="step with a clipped head",
             note=note,
@@ -254,7 +232,7 @@ def _range(heads: list[Points]) -> list[tuple[float, float, float]]:
 
 def _shares(event: dict[str, Any], router: str) -> list[float] | None:
     """Load of every expert relative to an even share; None if the step has none. Counts and shares are both accepted."""
-    values = _table(event, "expert_load").get(router)
+    values = table_of(event, "expert_load").get(router)
     if not isinstance(values, list) or not values:
         return None
     found = [number(value) or 0.0 for value in values]
@@ -263,7 +241,7 @@ def _shares(event: dict[str, Any], router: str) -> list[float] | None:
 
 
 def _balance(stage: StageView) -> list[LineChart]:
-    routers = _names(stage, "expert_load")
+    routers = names_in(stage, "expert_load")
     found: list[tuple[str, Points, Points]] = []
     for router in routers:
         busiest: Points = []
@@ -272,7 +250,7 @@ def _balance(stage: StageView) -> list[LineChart]:
             ratios = _shares(event, router)
             busiest.append((float(event["step"]), max(ratios) if ratios else None))
             idlest.append((float(event["step"]), min(ratios) if ratios else None))
-        if _known(busiest):
+        if known(busiest):
             found.append((router, busiest, idlest))
     if not found:
         return []
@@ -289,7 +267,7 @@ def _balance(stage: StageView) -> list[LineChart]:
             "times an even share",
             lines,
             levels=[(1.0, "even share, 1/E")],
-            moments=_moments(stage),
+            moments=moments(stage),
             note=note,
             help="The model is a team of experts. Work should spread evenly: an expert without work learns nothing.",
             from_zero=True,
@@ -312,7 +290,7 @@ def _router(name: str) -> str:
 
 def _heat_maps(stage: StageView, key: str) -> list[str]:
     found = []
-    for router in _names(stage, "expert_load"):
+    for router in names_in(stage, "expert_load"):
         loads = [(float(event["step"]), ratios) for event in stage.steps if (ratios := _shares(event, router))]
         if not loads:
             continue

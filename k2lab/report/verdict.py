@@ -4,35 +4,53 @@ from __future__ import annotations
 
 from typing import Any
 
-from k2lab.report import figures
+from k2lab.report import figures, story
 from k2lab.report.collect import RunView, StageView
+from k2lab.report.headlines import is_ability, is_minor, strength, whole
 from k2lab.report.measures import Baseline, Evaluation
 from k2lab.report.rows import places
-from k2lab.report.words import doing, metric_label
+from k2lab.report.students import summary
+from k2lab.report.words import doing, metric_label, split
 
+DETAIL = "\t"  # begins sentences about a single stage of a run that has a story
 _PREFERRED = ("bits_per_byte", "loss", "perplexity")  # what the first stage is best described by, in this order
-_MINOR = ("eos_rate", "stop_rate", "length", "format", "repetition")  # manners: named only if nothing else changed
-_SHARES = (*_MINOR[:2], "exact_match", "token_accuracy", "valid_json", "parses", "syntax", "tool_call", "pass_rate")
+_SHARES = ("eos_rate", "stop_rate", "non_empty", "no_other_special", "exact_match", "token_accuracy", "valid_json", "parses",
+           "syntax", "tool_call", "pass_rate", "logprob_accuracy", "reward_accuracy", "tool_used", "tool_failed")  # fmt: skip
 
 
 def sentences(run: RunView, found: Evaluation, table: list[dict[str, Any]]) -> list[str]:
-    """Plain sentences, the most important first; never empty."""
+    """Plain sentences, the most important first; never empty. A run of many stages begins with its story: gains, then prices."""
     result = []
-    described: set[str] = set()
+    chief: dict[str, dict[str, Any] | None] = {}
     for row in table:
         name = row["stage"]
-        if row["metric"] is None or name in described:
+        if row["metric"] is None or name in chief:
             continue
-        described.add(name)
         mine = [r for r in table if r["stage"] == name and r["metric"] is not None]
-        result.append(_about(run, found, name, mine, first=len(described) == 1))
-    return result or [_without_measures(run)]
+        chief[name] = _chief(whole(mine), first=not chief)
+        result.append(_about(run, found, name, mine, first=len(chief) == 1))
+    left_out = story.not_run(run)
+    if len(result) > story.LONG:
+        begin = [story.lead(run, found, chief, _tell), story.prices(table, _tell), left_out]
+        return [text for text in begin if text] + [f"{DETAIL}{text}" for text in result]
+    return [*result, left_out] if left_out and result else result or [_without_measures(run)]
+
+
+def _tell(row: dict[str, Any]) -> str:
+    """`bits per byte 3.90 \u2192 2.05`."""
+    label = metric_label(row["metric"]).replace(": ", " on ", 1).removesuffix(" on all tasks")
+    before = _value(row, "before", unit=False)
+    label = label if label[:2].isupper() or label.startswith(("F1", "JSON")) else label[:1].lower() + label[1:]
+    return f"{label} {before.removesuffix(f'{figures.THIN}%')} \u2192 {_value(row, 'after')}"
 
 
 def _about(run: RunView, found: Evaluation, name: str, mine: list[dict[str, Any]], first: bool) -> str:
     stage = run.stage(name)
     subject = doing(name, stage.type if stage else name)
-    chief = _chief(mine, first)
+    chief = _chief(whole(mine), first) or _chief(mine, first)
+    kept = summary(run, found, name) if stage is not None and stage.type == "distill" else ""
+    if kept:
+        return f"{subject}: {kept[:1].lower()}{kept[1:]}"
     if chief is None:
         if all(row["before"] is None for row in mine):
             reached = f"{_value(mine[0], 'after')} ({_lower(mine[0]['metric'])})"
@@ -42,33 +60,34 @@ def _about(run: RunView, found: Evaluation, name: str, mine: list[dict[str, Any]
     text = subject + (_on_what(run, stage) if first and stage else "")
     moved = "raised" if chief["change"] > 0 else "lowered"
     aside = " (lower is better)" if first and chief["better"] == "lower" else ""
+    if stage is not None and stage.type == "agent":
+        text, moved = f"A tool, used by {chief['model'].removesuffix(' with tools')},", moved
     text += f" {moved} {_lower(chief['metric'])}{aside} from {_value(chief, 'before', unit=False)} to {_value(chief, 'after')}"
     text += ", which is worse" if chief["verdict"] == "worse" else _against(found, chief)
     worse = [row for row in mine if row["verdict"] == "worse" and row is not chief]
     if worse and chief["verdict"] == "better":
-        row = max(worse, key=_strength)
+        row = max(worse, key=lambda each: (bool(each.get("headline")), strength(each)))
         text += f"; the price: {_lower(row['metric'])} went from {_value(row, 'before', unit=False)} to {_value(row, 'after')}"
     return text + "."
 
 
 def _chief(mine: list[dict[str, Any]], first: bool) -> dict[str, Any] | None:
-    """The row that describes a stage best: for the first stage a language-modelling figure, else the clearest change."""
+    """The row that describes a stage best: for the first stage a language-modelling figure, else the clearest change, rather of
+    an ability than of manners, and rather of a row that leads than of another."""
     clear = [row for row in mine if row["verdict"] in ("better", "worse")]
     if first:
         for base in _PREFERRED:
-            hit = next((row for row in clear if row["metric"].partition("/")[0] == base), None)
-            if hit is not None:
-                return hit
+            hits = [row for row in clear if split(row["metric"])[0] == base]
+            if hits:
+                return next((row for row in hits if row.get("headline")), hits[0])
     better = [row for row in clear if row["verdict"] == "better"] or clear
-    major = [row for row in better if row["metric"].partition("/")[0] not in _MINOR]
-    return max(major or better, key=_strength, default=None)
-
-
-def _strength(row: dict[str, Any]) -> float:
-    """A change in units of its interval's half-width."""
-    low, high = (row["change_low"], row["change_high"]) if row["change_low"] is not None else (row["low"], row["high"])
-    width = (high - low) / 2 if low is not None and high is not None else 0.0
-    return abs(row["change"]) / width if width > 0 else abs(row["change"]) * 1e6
+    able = [row for row in better if is_ability(row)]
+    major = [row for row in better if not is_minor(row)]
+    for group in (able, major, better):
+        leading = [row for row in group if row.get("headline")]
+        if group:
+            return max(leading or group, key=strength)
+    return None
 
 
 def _value(row: dict[str, Any], key: str, unit: bool = True) -> str:
@@ -93,7 +112,8 @@ def _short(row: dict[str, Any]) -> int:
 def _lower(metric: str) -> str:
     """A metric's label inside a sentence."""
     label = metric_label(metric).replace(": ", " on ", 1)
-    if metric.partition("/")[0] in _SHARES or metric.startswith("pass@"):
+    base = split(metric)[0]
+    if base in _SHARES or base.startswith(("pass@", "avg@")):
         return f"the share of {label[:1].lower()}{label[1:]}"
     keep = label[:2].isupper() or label.startswith(("F1", "JSON"))
     return label if keep else label[:1].lower() + label[1:]

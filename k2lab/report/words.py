@@ -53,12 +53,45 @@ _METRICS: dict[str, tuple[str, str]] = {
     ),
     "repetition": ("Repetition", "Share of an answer that repeats what the same answer said before. Lower is better."),
     "length": ("Answer length", "Average number of tokens of an answer."),
+    "non_empty": ("Answers that say something", "Share of answers with any text in them, thoughts not counted."),
+    "no_other_special": (
+        "Answers without stray marks",
+        "Share of answers without control tokens (such as a new turn of the user) in places where they do not belong.",
+    ),
+    "tool_used": ("Answers that used a tool", "Share of answers in which the model called a tool and got a result."),
+    "tool_failed": ("Tool calls that failed", "Share of tool calls that ended in an error. Lower is better."),
+    "response_loss": (
+        "Surprise at good answers",
+        "How surprised the model is by held-out reference answers, per token, in nats (natural logarithm). Lower is better.",
+    ),
+    "logprob_accuracy": (
+        "Pairs ranked right",
+        "Share of held-out pairs of a better and a worse answer in which the model finds the better one more likely, token by "
+        "token. 50 % is what a coin would reach. Higher is better.",
+    ),
+    "reward_accuracy": (
+        "Pairs moved the right way",
+        "Share of held-out pairs in which preference tuning raised the better answer's probability more than the worse one's. "
+        "At its own start a model stands at 50 % by definition. Higher is better.",
+    ),
+    "reward_accuracy_reference": (
+        "Pairs ranked right against the reference",
+        "Share of held-out pairs in which, compared with the reference model, the better answer gained more than the worse one. "
+        "Higher is better.",
+    ),
+    "reward_margin": (
+        "Margin between better and worse",
+        "How much more the better answer\u2019s log-probability grew than the worse one\u2019s, in nats, on average. "
+        "Higher is better.",
+    ),
     "win_rate": ("Win rate", "Share of comparisons in which the answer was preferred. Higher is better."),
     "kl": ("Distance from the reference model", "Kullback-Leibler divergence per token: how far the model moved from its start."),
     "reward": ("Reward", "Average score that the reward function gave. Higher is better."),
     "pass_rate": ("Problems solved", "Share of problems for which the generated answer passes the check. Higher is better."),
     "ece": ("Calibration error", "Average gap between how sure the model is and how often it is right. Lower is better."),
 }
+
+_NO_DIRECTION = ("tool_used",)  # more of it is neither good nor bad
 
 _STAGES = {
     "corpus": "Collects and filters the text",
@@ -67,9 +100,14 @@ _STAGES = {
     "tokenize": "Turns text into tokens",
     "pretrain": "Learns to predict the next token of plain text",
     "sft": "Learns to answer, from example conversations",
-    "dpo": "Learns which of two answers people prefer",
-    "distill": "Learns from a larger model's probabilities",
+    "reasoning_sft": "Learns to think in steps before it answers",
+    "preference_data": "Lets the model answer, and pairs its right answers with its wrong ones",
+    "dpo": "Learns which of two answers is the better one",
+    "teacher_data": "Lets the best model answer, as lessons for a student",
+    "distill": "A smaller model learns from the answers and probabilities of a larger one",
     "rl": "Learns from rewards for its own answers",
+    "agent": "Measures the model with and without tools",
+    "import_model": "Takes over a model that exists",
     "quantise": "Stores the weights in fewer bits",
     "quantize": "Stores the weights in fewer bits",
     "export": "Writes the model for other programs",
@@ -79,9 +117,11 @@ _STAGES = {
 _DOING = {
     "pretrain": "Pretraining",
     "sft": "Supervised fine-tuning",
+    "reasoning_sft": "Training on worked-out solutions",
     "dpo": "Preference tuning",
     "distill": "Distillation",
     "rl": "Reinforcement learning",
+    "agent": "A tool",
     "quantise": "Quantisation",
     "quantize": "Quantisation",
 }
@@ -96,28 +136,58 @@ _STOPS = {
 }
 
 
+# The last part of a task's metric, `chain_sum/avg@4`, tells what was measured; that of any other, `bits_per_byte/docs`, on what.
+_TASK_MEASURE = re.compile(
+    r"avg@\d+|pass@\d+|best of \d+|eos_rate|non_empty|no_other_special|tool_used|tool_failed|"
+    r"logprob_accuracy|reward_accuracy|reward_accuracy_reference|reward_margin"
+)
+_PLACES = {"answered": "all tasks", "preference": "", "length_matched": "pairs of similar length"}
+
+
+def split(metric: str) -> tuple[str, str, str]:
+    """(measure, on what, settings told in the name): `chain_sum/avg@4 (k=4)` gives `avg@4`, `chain_sum`, `k=4`."""
+    name, _, aside = metric.partition(" (")
+    parts = name.split("/")
+    place = next((i for i in range(1, len(parts)) if _TASK_MEASURE.fullmatch(parts[i])), 0)
+    where = "/".join(part for i, part in enumerate(parts) if i != place and _PLACES.get(part) != "")
+    return parts[place], where, aside.removesuffix(")")
+
+
+def _place(where: str) -> str:
+    return ", ".join(_PLACES.get(part, part.replace("_", " ")) for part in where.split("/"))
+
+
 def metric_label(metric: str) -> str:
-    """`bits_per_byte/docstrings` becomes `Bits per byte: docstrings`."""
-    base, _, part = metric.partition("/")
-    label = _entry(base)[0]
-    return f"{label}: {part.replace('_', ' ').replace('/', ', ')}" if part else label
+    """`bits_per_byte/docstrings` becomes `Bits per byte: docstrings`; `chain_sum/avg@1`, `Right answers: chain sum`."""
+    base, where, aside = split(metric)
+    text = _entry(base)[0]
+    text += f": {_place(where)}" if where else ""
+    return f"{text} ({aside})" if aside else text
 
 
 def metric_help(metric: str, better: str | None = None) -> str:
     """What a metric measures, in a sentence or two."""
-    base, _, part = metric.partition("/")
+    base, where, _ = split(metric)
     text = _entry(base)[1]
     if not text:
         text = f"Recorded as \u201c{base}\u201d by the evaluation stage."
-    if better in ("lower", "higher") and "is better" not in text:
+    if better in ("lower", "higher") and "is better" not in text and base not in _NO_DIRECTION:
         text += f" {better.capitalize()} is better."
-    return f"{text} Here on \u201c{part}\u201d." if part else text
+    return f"{text} Here on \u201c{where}\u201d." if where else text
 
 
 def _entry(base: str) -> tuple[str, str]:
     name = base.lower().replace("-", "_")
     if name in _METRICS:
         return _METRICS[name]
+    mean = re.fullmatch(r"avg@(\d+)", name)
+    if mean:
+        num = int(mean[1])
+        several = f" Each task is tried {num} times, and the tries are averaged." if num > 1 else ""
+        return ("Right answers", f"Share of answers that a checker finds right.{several} Higher is better.")
+    best = re.fullmatch(r"best of (\d+)", name)
+    if best:
+        return (f"Best of {best[1]} tries", f"Mean score of the best of {best[1]} answers, picked by the checker itself.")
     tries = re.fullmatch(r"pass@?_?(\d+)", name)
     if tries:
         num = int(tries[1])

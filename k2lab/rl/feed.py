@@ -44,6 +44,7 @@ class Settings:
     top_p: float = 1.0
     budget: Budget = field(default_factory=Budget)
     advantages: Advantages = field(default_factory=Advantages)
+    drop_zero_signal: bool = False
     refill_rounds: int = 0
     max_policy_lag: int = 0
     default_system: bool = False
@@ -218,13 +219,14 @@ class RolloutFeed:
         s = self.settings
         drawn = Drawn(version)
         spare: list[tuple[int, Sample]] = []  # of groups without signal
+        dropping = s.drop_zero_signal or s.refill_rounds > 0
         missing = s.tasks_per_step
         for turn in range(1 + s.refill_rounds):
             mine = self._next_tasks(missing)[self.rank :: self.world]
             found = 0
             for place, task, group in self._rolled(mine, version):
                 samples, signal = self._scored(place, task, group, version, drawn)
-                (drawn.samples if signal or not s.refill_rounds else spare).extend(samples)
+                (drawn.samples if signal or not dropping else spare).extend(samples)
                 found += signal
             missing -= int(mesh.sum_values({"found": float(found)})["found"])
             if missing <= 0 or turn == s.refill_rounds:

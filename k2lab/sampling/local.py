@@ -32,7 +32,7 @@ class LocalSampler:
     prompt runs once. `eos_id` is the token (or tokens) that ends a turn: it always stops generation, with `StopReason.EOS`. If it
     is None, the first of a request's `stop_tokens` is taken as the turn's end. The token that stopped generation is part of the
     completion. `window` defaults to the config's `max_position_embeddings`. Set `policy_version` after a weight update. A model
-    that brings a decoder (`hf_model.k2_decoder(hf_model, pad_id)`, see `models.decode`) is decoded by it, others by their own
+    that brings a decoder (`hf_model.k2_decoder(hf_model)`, see `models.decode`) is decoded by it, others by their own
     forward (`decoder=False`: always so). No other thread may use the model meanwhile."""
 
     def __init__(
@@ -68,12 +68,15 @@ class LocalSampler:
             self._decode(work)
         return work.completions(self.policy_version)
 
+    def new_decoder(self) -> Any:
+        """The model's own decoder, or one that runs its forward (`_generic.GenericDecoder` says what decoders do)."""
+        make = getattr(self.model, "k2_decoder", None) if self.decoder else None
+        found = make(self.model) if make is not None else None
+        return found if found is not None else GenericDecoder(self.model, self.pad_id)
+
     def _decode(self, work: _Work) -> None:
         """Does all requests: rows of a batch, one token per step, new requests in place of finished ones."""
-        make = getattr(self.model, "k2_decoder", None) if self.decoder else None
-        decoder = make(self.model, self.pad_id) if make is not None else None
-        if decoder is None:
-            decoder = GenericDecoder(self.model, self.pad_id)
+        decoder = self.new_decoder()
         waiting = work.in_order()
         rows = np.zeros(0, np.int64)  # requests under way, in the decoder's order; finished ones wait to be dropped
         tokens = np.zeros(0, np.int64)

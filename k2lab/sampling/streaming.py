@@ -14,7 +14,6 @@ from k2lab.core.errors import DataError, NumericsError
 from k2lab.core.rng import rng
 from k2lab.core.types import Completion, SampleParams, StopReason
 from k2lab.sampling._draw import choose
-from k2lab.sampling._generic import GenericDecoder
 from k2lab.sampling.local import LocalSampler, check_params
 
 
@@ -59,10 +58,7 @@ def _decoded(
     sampler: LocalSampler, prompt: Sequence[int], params: SampleParams, key: str, budget: int
 ) -> Generator[tuple[int, float], None, None]:
     """At most `budget` tokens with their log-probabilities."""
-    make = getattr(sampler.model, "k2_decoder", None) if sampler.decoder else None
-    decoder = make(sampler.model, sampler.pad_id) if make is not None else None
-    if decoder is None:
-        decoder = GenericDecoder(sampler.model, sampler.pad_id)
+    decoder = sampler.new_decoder()
     uniforms = rng(params.seed, "sample", key).random(budget) if params.temperature > 0 else None
     token = -1
     for place in range(budget):

@@ -61,11 +61,8 @@ _boot()
 """
 
 
-def arguments(limits: Limits | None, echo: bool, watchers: int = 0) -> list[str]:
-    """Arguments of the interpreter: fixed behaviour, the first program, and its two arguments. No limits: `limits` None.
-
-    `watchers` is the number of the sandbox's own processes that count as the program's user's.
-    """
+def arguments(limits: Limits | None, echo: bool) -> list[str]:
+    """Arguments of the interpreter: fixed behaviour, the first program, and its two arguments. No limits: `limits` None."""
     told = NO_LIMITS
     if limits is not None:
         values = {
@@ -75,7 +72,7 @@ def arguments(limits: Limits | None, echo: bool, watchers: int = 0) -> list[str]
             "CPU": int(limits.seconds) + 2,
             "FSIZE": limits.files_mb << 20,
             "NOFILE": 64,
-            "NPROC": limits.processes + watchers,
+            "NPROC": limits.processes,
         }
         told = ",".join(f"{name}={value}" for name, value in values.items())
     return ["-s", "-S", "-B", "-X", "utf8", "-c", PROGRAM, told, "echo" if echo else "plain"]

@@ -18,6 +18,8 @@ from k2lab.sandbox._boot import READY
 START_SECONDS = 30.0
 # Descendants of a process that has ended may hold its pipes open for the moment that they take to die.
 _GRACE = 1.0
+# What a process takes to end after its children.
+_LAST_WORDS = 1.0
 _CHUNK = 65536
 
 
@@ -160,10 +162,37 @@ def _pidfd(pid: int) -> int | None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends the whole group; the number cannot have been given to others, since its leader has not been waited for."""
-    if process.returncode is None:
+    """Ends the whole tree and waits for it; its numbers cannot have been given to others, since nobody has been waited for.
+
+    Children go first, so that their own parent waits for them: orphans would stay as zombies where process 1 waits for nobody.
+    """
+    if process.returncode is not None or process.poll() is not None:
+        return
+    ended = [_end(int(pid)) for pid in _children(process.pid)]
+    if any(ended):
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            process.kill()
-        process.wait()
+            process.wait(_LAST_WORDS)
+            return
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+    process.wait()
+
+
+def _children(pid: int) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+            return file.read().split()
+    except OSError:
+        return []
+
+
+def _end(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except OSError:
+        return False
+    return True

@@ -78,7 +78,7 @@ def _run(compiled: str, memory: int, fuel: int, arguments: list[str]) -> int:
     linker.define_wasi()
     start = linker.instantiate(store, module).exports(store)["_start"]
     try:
-        start(store)
+        start(store)  # type: ignore[operator]
     except wasmtime.ExitTrap as exit:
         return exit.code
     except wasmtime.Trap as trap:

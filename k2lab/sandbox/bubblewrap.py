@@ -135,7 +135,8 @@ class Bubblewrap(Sandbox):
             for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):  # for setpriv, which gives them up
                 command += ["--cap-add", capability]
         command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-        command += ["--hostname", "sandbox", "--die-with-parent", "--new-session"]
+        # As process 1 of its namespace, the program takes all others with it when it ends, before bubblewrap itself can end.
+        command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1"]
         # Folders that bubblewrap has to make by itself are readable by their maker alone, which is root in the other layout.
         for folder in ("/usr", "/usr/bin", "/usr/share", "/dev", _INSIDE, f"{_INSIDE}/bin"):
             command += ["--perms", "0755", "--dir", folder]
@@ -151,8 +152,7 @@ class Bubblewrap(Sandbox):
         command += ["--remount-ro", "/", "--chdir", "/tmp", "--seccomp", str(filter_fd), "--"]
         if self.layout == "root":
             command += ["/usr/bin/setpriv", *leave, "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"]
-        # Bubblewrap's first process inside has the program's user in one layout, and is root in the other.
-        return [*command, self.python.inside, *_boot.arguments(limits, echo, watchers=int(self.layout == "user"))]
+        return [*command, self.python.inside, *_boot.arguments(limits, echo)]
 
 
 def _outcome(ended: _process.Ended, full: bool) -> Outcome:

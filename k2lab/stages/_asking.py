@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from k2lab.core.errors import DataError, RecipeError
+from k2lab.core.rng import derive
 from k2lab.core.stage import Stage, StageContext
 from k2lab.core.types import Message, PlanInput, StopReason, Text
 
@@ -194,7 +195,8 @@ def write_parts(stage: Asking, ctx: StageContext, made: Iterable[dict[str, Any]]
 
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
     for record in made:
-        parts[shards.split_of(record, stage.valid_share, ctx.seed)].append(record)
+        # Prompts come from one part of a split already: by the same draw, all of their groups would fall on the same side again.
+        parts[shards.split_of(record, stage.valid_share, derive(ctx.seed, "answers"))].append(record)
     for split, records in parts.items():
         if not records:
             raise DataError(

@@ -9,8 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from k2lab.core.artifacts import write_json
 from k2lab.text import layout
 
@@ -26,10 +24,13 @@ LIKE = {
 }
 
 
-def import_gguf(path: Path, work: Path, chat_tokens: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Writes the model of a GGUF file into `work` as safetensors of `dtype`, with its tokenizer; facts about it."""
+def import_gguf(path: Path, work: Path, chat_tokens: bool, dtype: Any = None) -> dict[str, Any]:
+    """Writes the model of a GGUF file into `work` as safetensors of `dtype` (fp32 if None), with tokenizer; facts about it."""
+    import torch
+
     from k2lab.ckpt import gguf
 
+    dtype = dtype or torch.float32
     file = gguf.GgufFile(path)
     config = gguf.config_of(file)
     spec, settings = gguf.tokenizer_of(file)
@@ -39,11 +40,14 @@ def import_gguf(path: Path, work: Path, chat_tokens: bool, dtype: torch.dtype = 
     return {**facts, **_finish(state, config, spec, settings, work, chat_tokens, dtype)}
 
 
-def import_folder(path: Path, work: Path, chat_tokens: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def import_folder(path: Path, work: Path, chat_tokens: bool, dtype: Any = None) -> dict[str, Any]:
     """As `import_gguf`, for a model directory with config.json, safetensors and tokenizer.json."""
+    import torch
+
     from k2lab.core.errors import CheckpointError
     from k2lab.models import build
 
+    dtype = dtype or torch.float32
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
             raise CheckpointError(f"{path} holds no {name}", allowed="config.json, safetensors and tokenizer.json")
@@ -57,13 +61,13 @@ def import_folder(path: Path, work: Path, chat_tokens: bool, dtype: torch.dtype 
 
 
 def _finish(
-    state: dict[str, torch.Tensor],
+    state: dict[str, Any],
     config: dict[str, Any],
     spec: dict[str, Any],
     settings: dict[str, Any],
     work: Path,
     chat: bool,
-    dtype: torch.dtype,
+    dtype: Any,
 ) -> dict[str, Any]:
     """Adds chat tokens, builds the model with these weights and saves it with its tokenizer."""
     from k2lab.core.errors import CheckpointError
@@ -88,13 +92,13 @@ def _finish(
     return {"parameters": shape.total(), "added_tokens": added, "vocab_size": shape.vocab_size}
 
 
-def add_chat_tokens(
-    spec: dict[str, Any], settings: dict[str, Any], state: dict[str, torch.Tensor], config: dict[str, Any]
-) -> list[str]:
+def add_chat_tokens(spec: dict[str, Any], settings: dict[str, Any], state: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """Adds those of Kimi's chat tokens that the vocabulary lacks to a tokenizer.json, and rows for them to embedding and head.
 
     A row begins as that of the token in `LIKE`, or as the mean of all rows. Changes its arguments; the names added.
     """
+    import torch
+
     from k2lab.ckpt.gguf import added_token
 
     vocab: dict[str, int] = spec["model"]["vocab"]

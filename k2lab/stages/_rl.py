@@ -272,6 +272,7 @@ def settings(stage: Rl, ctx: StageContext, measured: Measured) -> Settings:
         top_p=stage.top_p,
         budget=stage.budget,
         advantages=stage.advantages,
+        drop_zero_signal=stage.drop_zero_signal,
         refill_rounds=stage.refill_rounds,
         max_policy_lag=stage.max_policy_lag,
         default_system=stage.default_system,

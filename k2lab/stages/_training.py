@@ -138,7 +138,7 @@ def execute(
     `make_feed(rank, world)` gives the feed, `valid(rank, world)` this rank's validation batches. The feed is made before any
     model is loaded: its `gives` (names of streams, and "pairs") must cover what the objective needs, else RecipeError. A feed
     that draws from the model in training has a method `attach(model)`, called once the model is there; what its `facts()` says
-    about a step goes into the step's event. A stage without `start` trains a fresh model of `model_spec`, by default the recipe's.
+    about a step goes into the step's event. A stage without `start` trains a fresh `model_spec`, by default the recipe's.
     """
     import torch
 

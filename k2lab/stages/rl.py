@@ -57,7 +57,10 @@ class Rl(FineTuning):
     # Responses per task; tasks per step over all ranks.
     group_size: int = 8
     tasks_per_step: int = 16
-    # Rounds of further tasks drawn in place of groups whose rewards are all equal; 0 = such groups stay and count.
+    # Leave groups whose rewards are all equal out of the update. They pull nowhere, but they count among the sequences that the
+    # loss is divided by, and cost time; without them steps are larger where few groups say anything.
+    drop_zero_signal: bool = False
+    # Leave them out and draw further tasks in their place, for so many rounds at most.
     refill_rounds: int = 0
     steps: int = 100
     # Most tokens of a response; budgets by task family, and what it costs to exceed them.

@@ -20,7 +20,7 @@ TRACED = [key for key in LEVELS if shipped.LEVELS[key[0]][key[1] - 1].traced]
 # Characters of the longest trace of a family's hardest traced level: what fits a context of 256 tokens beside the prompt.
 LONGEST = {
     "chain_sum": 150, "products": 140, "spell_backward": 60, "word_sequence_reversal": 170, "letter_counting": 110, "gcd": 130,
-    "lcm": 130, "count_bits": 70, "simple_equations": 25, "prime_factorization": 90,
+    "lcm": 130, "count_bits": 70, "simple_equations": 25, "prime_factorization": 90, "leg_counting": 110,
 }  # fmt: skip
 
 
@@ -60,22 +60,27 @@ def test_traces_are_right_short_and_always_the_same(key):
 def test_sums_spell_their_numbers_and_end_on_the_result(number):
     for row in rows(("chain_sum", number)):
         trace, final = _solvers.chain_sum(row.question)
-        total = None
         for part in trace.split("; "):
-            head, _, rest = part.partition(": ")
+            head, _, rest = part.rpartition(": ")
+            if not head:  # a sum: the first digits of all results after the last one's carry, from the last to the first
+                results = [step.split("=")[1] for step in part.split(", ")]
+                carries = [step.split("=")[0].split("+")[2] for step in part.split(", ")[1:]]
+                assert carries == [result[0] for result in results[:-1]], part
+                result = int(results[-1] + "".join(result[1] for result in results[-2::-1]))
+                continue
             # both sides of a head such as "1 7-5 2=-(5 2-1 7)" are the same number, and so is what the part ends on
             sides = [eval(side.replace(" ", "")) for side in head.split("=")]
             result = int(rest.rsplit(". ", 1)[1].replace(" ", ""))
             assert set(sides) == {result}, part
-            assert total is None or head.replace(" ", "").startswith(str(total))
-            total = result
             assert part.count("=") - head.count("=") == max(len(digits) for digits in re.findall(r"\d+", head.replace(" ", "")))
-        assert str(total) == final
+        assert str(result) == final
 
 
 def test_other_steps_stay_with_what_stands_before():
     assert _solvers.products("x: 6 * 9 * 2. y")[0] == "6*9=5 4; 5 4*2: 4*2+0=0 8, 5*2+0=1 0. 1 0 8"
     assert _solvers.chain_sum("x: 17 - 52 =") == ("1 7-5 2=-(5 2-1 7): 2-7-0=-1 5, 5-1-1=0 3. -3 5", "-35")
+    assert _solvers.chain_sum("x: 47 + 125 =") == ("7+5=12, 4+2+1=07, 0+1+0=01", "172")
+    assert _solvers.leg_counting("if you have 3 lobsters, 4 dogs?") == ("3*10=30, 4*4=16, 0+6=06, 3+1+0=04", "46")
     assert _solvers.chain_sum("x: 4 - 1 - 7 =") == ("4-1=3, 3-7=-4", "-4")
     assert _solvers.chain_sum("x: -12 + -9 =") == ("-1 2-9=-(1 2+9): 2+9+0=1 1, 1+0+1=0 2. -2 1", "-21")
     assert _solvers.count_bits("the number 13?") == ("13:1 6:1 3:2 1:3", "3")
@@ -127,6 +132,7 @@ def test_a_wrong_answer_or_an_unknown_question_has_no_trace():
         ("lcm", "x: 12, 8", "x: 8, 12", "x: 12, 9"),
         ("count_bits", "1 bits of the number 34?", "1 bit of the number 34?", "1 bits of the number 35?"),
         ("simple_equations", "Solve for x: 3*x + 5 = 17", "Find the value of q in it: 3*q + 5 = 17", "Solve for x: 3*x - 5 = 17"),
+        ("leg_counting", "if you have 1 dog, 2 ants?", "if you have 2 ants, 1 dog?", "if you have 2 dogs, 1 ant?"),
         ("spell_backward", "x: Sun", "x: sun", "x: nus"),
         ("word_sequence_reversal", "words: a, b\n", "words: a, b", "words: b, a"),
         ("dice", "a  b\nc", "a b c", "a b d"),
@@ -171,7 +177,7 @@ def test_lists_and_difficulties_share_the_count():
     }  # fmt: skip
     assert len(few) == 30
     everything = list(ReasoningTasks(count=200).records())
-    assert len({record["domain"] for record in everything}) == 10 and len(everything) == 200
+    assert len({record["domain"] for record in everything}) == 11 and len(everything) == 200
 
 
 def test_a_level_that_is_too_small_warns():
@@ -200,8 +206,8 @@ def test_bad_selections_are_refused_at_once(settings, expected):
 
 
 def test_the_fingerprint_follows_the_settings():
-    assert ReasoningTasks(count=10).fingerprint() == ReasoningTasks(count=10).fingerprint()
-    assert ReasoningTasks(count=10).fingerprint() != ReasoningTasks(count=11).fingerprint()
+    assert ReasoningTasks(count=20).fingerprint() == ReasoningTasks(count=20).fingerprint()
+    assert ReasoningTasks(count=20).fingerprint() != ReasoningTasks(count=21).fingerprint()
 
 
 def test_shipped_data_is_part_of_the_wheel():
@@ -225,3 +231,20 @@ def test_reasoning_gym_makes_the_shipped_tasks():
 def test_sources_are_slots():
     for name in ("reasoning_tasks", "tool_traces", "reasoning_gym"):
         assert name in slots.names("source")
+
+
+def test_matching_chooses_before_offset_and_number():
+    def questions(**settings):
+        return [
+            r["prompt"] for r in ReasoningTasks(families={"chain_sum:3": 50}, matching={"chain_sum": "[+]"}, **settings).records()
+        ]
+
+    first, second = questions(), questions(offset=50)
+    assert len(first) == len(second) == 50 and not set(first) & set(second)
+    assert all(" + " in question for question in first + second)
+
+
+@pytest.mark.parametrize("matching", [{"chain_sum": "["}, {"products": "x"}])
+def test_matching_of_families_not_chosen_or_no_expression_is_refused(matching):
+    with pytest.raises(RecipeError, match="matching"):
+        ReasoningTasks(families={"chain_sum:3": 5}, matching=matching)

@@ -150,7 +150,7 @@ def test_lineage_shows_every_artifact_and_parent(tmp_path):
     svg = lineage.lineage_svg(collect(fixture.make(tmp_path, steps={"pretrain": 5, "sft": 5})))
     drawn = boxes(svg)
     assert len(drawn) == len(fixture.ORDER)
-    assert svg.count('class="edge"') == sum(
+    assert svg.count('class="edge ') == sum(
         len(set(parents.values())) for name, parents in fixture.PARENTS.items() if name != "again"
     )
     assert "evaluate comes from instructions, pretrain, sft, tokenize" in svg

@@ -42,7 +42,13 @@ def test_rows_of_a_whole_run(tmp_path):
 def test_stages_without_metrics_keep_their_cost(tmp_path):
     found = rows.summary(make(tmp_path))
     row = row_of(found, "tokenizer", None)
-    assert row == {"stage": "tokenizer", **dict.fromkeys(KEYS - {"stage"}), "seconds": 1.0, "peak_rss_mb": 212.0}
+    assert row == {
+        "stage": "tokenizer",
+        **dict.fromkeys(KEYS - {"stage"}),
+        "seconds": 1.0,
+        "peak_rss_mb": 212.0,
+        "headline": True,
+    }
 
 
 def test_unfinished_run_has_a_row_for_every_stage(tmp_path):
@@ -205,7 +211,7 @@ def test_baseline_without_slice_counts_if_there_is_only_one_slice():
     results = with_baselines(5.0, name="bits_per_byte")
     for model in results["models"]:
         model["metrics"] = model["metrics"][:1]
-    assert merge([results]).comparable("bits_per_byte/docstrings")[1] is True
+    assert merge({"evaluate": results}).comparable("bits_per_byte/docstrings")[1] is True
 
 
 def test_stage_that_changed_nothing_is_not_praised(tmp_path):

@@ -212,6 +212,9 @@ def test_groups_without_signal_are_replaced_within_the_rounds():
 
     plain = made(tasks_per_step=6, group_size=2)
     assert silent(plain.take()) and plain.facts()["zero_signal"] > 0 and plain.facts()["groups"] == 6
+    dropped = made(tasks_per_step=6, group_size=2, drop_zero_signal=True)
+    kept = keys(dropped.take())
+    assert 0 < len(kept) < 12 and dropped.facts() == {**plain.facts(), "sample_seconds": dropped.facts()["sample_seconds"]}
     filled = made(tasks_per_step=6, group_size=2, refill_rounds=8)
     batches = filled.take()
     assert not silent(batches)

@@ -67,6 +67,10 @@ def trained_logprobs(model, prompts, done):
     return found[torch.from_numpy(batch.weight_T) != 0].numpy()
 
 
+def test_every_family_has_the_decoder(model):
+    assert decode.supports(model.hf) and isinstance(model.hf.k2_decoder(model.hf), decode.Decoder)
+
+
 def test_log_probabilities_agree_with_the_training_forward(model):
     prompts = prompts_of(24, group=4)
     params = SampleParams(max_tokens=40, temperature=1.0, stop_tokens=tuple(range(6)))
@@ -96,6 +100,19 @@ def test_waiting_requests_take_the_places_of_finished_ones(model):
         assert_same(together, LocalSampler(model.hf, pad_id=3, max_batch=size).sample(prompts, params, keys_of(40)))
 
 
+def test_prompts_run_in_packs_of_limited_size(model, monkeypatch):
+    prompts, params = prompts_of(12, group=2), SampleParams(max_tokens=8, temperature=1.0)
+    together = LocalSampler(model.hf, pad_id=0).sample(prompts, params, keys_of(12))
+    monkeypatch.setattr(decode, "PACK_TOKENS", 60)
+    sizes = []
+    original = decode.Decoder._prefill
+    monkeypatch.setattr(
+        decode.Decoder, "_prefill", lambda self, prompts, new: sizes.append(new.pack.num_tokens) or original(self, prompts, new)
+    )
+    assert_same(together, LocalSampler(model.hf, pad_id=0).sample(prompts, params, keys_of(12)))
+    assert len(sizes) > 2 and all(size <= max(60, max(map(len, prompts))) for size in sizes)
+
+
 def test_every_prompt_runs_once(monkeypatch):
     model = model_of("tiny-k2")
     run = []
@@ -103,7 +120,7 @@ def test_every_prompt_runs_once(monkeypatch):
     monkeypatch.setattr(
         decode.Decoder,
         "_prefill",
-        lambda self, prompts, lengths: run.extend(map(tuple, prompts)) or original(self, prompts, lengths),
+        lambda self, prompts, new: run.extend(map(tuple, prompts)) or original(self, prompts, new),
     )
     prompts = prompts_of(24, group=8)
     prompts = [prompts[n] for n in rng(0, "mix").permutation(24)]
@@ -165,7 +182,7 @@ def test_models_that_are_not_ours_keep_their_own_forward():
     assert not hasattr(plain, "k2_decoder") and decode.supports(ours)
     adapted = swapped(tiny_k2())
     adapted.model.layers[0].self_attn.kv_b_proj.register_parameter("adapter", torch.nn.Parameter(torch.zeros(1)))
-    assert not decode.supports(adapted) and ours.k2_decoder(adapted, 0) is None
+    assert not decode.supports(adapted) and ours.k2_decoder(adapted) is None
     hooked = swapped(tiny_k2())
     hooked.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert not decode.supports(hooked)

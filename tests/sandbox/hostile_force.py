@@ -274,7 +274,9 @@ ATTACKS = [
         "stopping itself",
         """
         import signal
-        os.kill(os.getpid(), signal.SIGSTOP)
+        pid = os.fork()
+        os.kill(pid or os.getpid(), signal.SIGSTOP)
+        os.waitpid(pid, 0)
         """,
         SPIN,
         only="bubblewrap",

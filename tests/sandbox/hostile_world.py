@@ -135,9 +135,12 @@ def all_problems(box, around: World, workers: int = 3) -> dict[str, list[str]]: 
 
     def neighbour() -> None:
         while not over.is_set():
-            outcome = box.run("print(sum(range(1000)))", Limits(seconds=20))
-            if outcome.stdout != "499500\n":
-                neighbours.append(str(outcome))
+            try:
+                outcome = box.run("print(sum(range(1000)))", Limits(seconds=20))
+            except Exception as error:
+                neighbours.append(repr(error))
+            else:
+                neighbours.extend([str(outcome)] if outcome.stdout != "499500\n" else [])
             over.wait(0.2)
 
     watching = threading.Thread(target=neighbour)

@@ -35,6 +35,28 @@ def test_both_layouts_and_interpreters_work_for_root(bwrap):
     assert worked
 
 
+ORPHANS = """
+import ctypes, os, pathlib, sys
+from k2lab.sandbox import Limits, pick
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans become this process's children
+box = pick("bubblewrap")
+box.run("print(1)")
+box.run("while True: pass", Limits(seconds=0.3))
+box.run("while True: print('x' * 100)", Limits(output_bytes=1000))
+box.run("import os, time\\nif os.fork() == 0: time.sleep(100)")
+box.run("import os\\nos.setsid() if os.fork() == 0 else None\\nos.fork()\\nwhile True: pass", Limits(seconds=0.3))
+parents = [path.read_text().rsplit(")", 1)[1].split()[1] for path in pathlib.Path("/proc").glob("[0-9]*/stat") if path.exists()]
+sys.exit(parents.count(str(os.getpid())))
+"""
+
+
+def test_no_orphans_are_left_to_process_1(bwrap):
+    """In a container whose first process waits for nobody, every orphan would stay as a zombie."""
+    env = {**os.environ, "PYTHONPATH": str(Path(sandbox.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", ORPHANS], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def _judge(program, number, arguments=(0, 0), arch=0xC000003E):
     """What the kernel would answer: the few instructions of classic BPF that the filter uses."""
     data = struct.pack("<IIQ6Q", number, arch, 0, *arguments, *([0] * (6 - len(arguments))))

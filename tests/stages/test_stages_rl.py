@@ -12,8 +12,10 @@ from small_life import REWARD
 from small_run import WORDS, k2, weights_of, write
 from test_stages_kill import start, wait_for
 
+from k2lab import runner
 from k2lab.core import artifacts
-from k2lab.core.errors import RecipeError
+from k2lab.core import recipe as recipes
+from k2lab.core.errors import DataError, RecipeError
 from k2lab.core.events import read
 from k2lab.core.rng import rng
 from k2lab.core.slots import load
@@ -136,70 +138,96 @@ def test_killed_and_resumed_equals_never_interrupted(finished, lag, tmp_path):
     assert [e["rollout"]["lag"] for e in whole] == ([0] + [lag] * 5)
 
 
-def rl_only(finished, tmp_path: Path, *overrides: str, check: bool = False):
-    """Runs only RL again, with other settings, behind the stages that exist."""
-    recipe, run_dir, _ = finished
-    (tmp_path / "stages").mkdir()
-    for path in (run_dir / "stages").iterdir():
-        if not path.name.startswith("rl-"):
-            (tmp_path / "stages" / path.name).symlink_to(path)
-    return k2("run", str(recipe), *overrides, "--run-dir", str(tmp_path), "--quiet", check=check)
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """(recipe, run directory) of everything before RL, for what needs no process of its own."""
+    folder = tmp_path_factory.mktemp("begun")
+    recipe = write_rl(folder / "data")
+    runner.run(recipes.load(str(recipe)), folder / "run", only="sft", say=lambda _: None)
+    runner.run(recipes.load(str(recipe)), folder / "run", only="reasoning", say=lambda _: None)
+    return recipe, folder / "run"
 
 
-def refused(done, *words: str) -> None:
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-1500:]
+def go(begun, run_dir: Path, *overrides: str, recipe: Path | None = None) -> Path:
+    """Runs RL with other settings behind the stages that exist; the run directory."""
+    (run_dir / "stages").mkdir(parents=True)
+    for path in (begun[1] / "stages").iterdir():
+        (run_dir / "stages" / path.name).symlink_to(path)
+    runner.run(recipes.load(str(recipe or begun[0]), overrides), run_dir, say=lambda _: None)
+    return run_dir
+
+
+def refused(begun, run_dir: Path, overrides: list[str], *words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        go(begun, run_dir, *overrides)
+    text = str(caught.value)
+    assert "\n" not in text
     for word in words:
-        assert word in done.stderr, done.stderr[-1500:]
+        assert word in text, text
 
 
-def test_no_task_of_moderate_difficulty_shows_the_histogram(finished, tmp_path):
-    done = rl_only(finished, tmp_path, "stage.rl.pass_rate=[0.45,0.46]")
-    refused(done, "stage.rl.pass_rate", "none of", "[0.45, 0.46]", "0.2-0.3: ")
+def test_no_task_of_moderate_difficulty_shows_the_histogram(begun, tmp_path):
+    refused(begun, tmp_path, ["stage.rl.pass_rate=[0.45,0.46]"], "stage.rl.pass_rate", "none of", "[0.45, 0.46]", "0.2-0.3: ")
 
 
-def test_prompts_longer_than_the_window_are_refused_or_left_out(finished, tmp_path):
-    done = rl_only(finished, tmp_path, "stage.rl.seq_len=24", "stage.rl.over_length=error", "stage.rl.ptx=[]")
-    refused(done, "a prompt of", "seq_len = 24", "reasoning.jsonl", "over_length")
-    (tmp_path / "again").mkdir()
-    done = rl_only(finished, tmp_path / "again", "stage.rl.seq_len=17", "stage.rl.ptx=[]")
-    refused(done, "no task is left", "seq_len = 17")
+def test_prompts_longer_than_the_window_are_refused_or_left_out(begun, tmp_path):
+    words = ("a prompt of", "seq_len = 24", "reasoning.jsonl", "over_length")
+    refused(begun, tmp_path / "1", ["stage.rl.seq_len=24", "stage.rl.over_length=error", "stage.rl.ptx=[]"], *words)
+    refused(begun, tmp_path / "2", ["stage.rl.seq_len=17", "stage.rl.ptx=[]"], "no task is left", "seq_len = 17")
 
 
-def test_families_and_difficulties_are_chosen(finished, tmp_path):
-    refused(rl_only(finished, tmp_path, "stage.rl.domains=['sing']"), "no task is left", "families say, tell")
-    (tmp_path / "again").mkdir()
+def test_families_and_difficulties_are_chosen(begun, tmp_path):
+    refused(begun, tmp_path / "1", ["stage.rl.domains=['sing']"], "no task is left", "families say, tell")
     overrides = ["stage.rl.domains=['tell']", "stage.rl.min_difficulty=1", "stage.rl.max_difficulty=2", "stage.rl.steps=1"]
-    rl_only(finished, tmp_path / "again", *overrides, "stage.rl.pass_rate=[0,1]", check=True)
-    rows = [json.loads(line) for line in (stage_of(tmp_path / "again", "rl") / "pass_rates.jsonl").read_text().splitlines()]
+    run_dir = go(begun, tmp_path / "2", *overrides, "stage.rl.pass_rate=[0,1]")
+    rows = [json.loads(line) for line in (stage_of(run_dir, "rl") / "pass_rates.jsonl").read_text().splitlines()]
     lines = [int(row["key"].rsplit(":", 1)[1]) - 1 for row in rows]
     assert lines and all(line % 3 == 0 and line % 5 in (1, 2) for line in lines)
 
 
-def test_a_reward_that_raises_is_recorded_and_the_run_goes_on(tmp_path):
-    broken = REWARD.replace(
-        "return float(len(response) % 2 == 0)",
-        "return {0: 1.0, 1: 0.0, 2: float('nan')}[len(response) % 4]  # and sometimes a KeyError",
+def test_a_reward_that_raises_is_recorded_and_the_run_goes_on(begun, tmp_path):
+    text = begun[0].read_text()
+    (tmp_path / "even.py").write_text(
+        REWARD.replace(
+            "return float(len(response) % 2 == 0)",
+            "return {0: 1.0, 1: 0.0, 2: float('nan')}[len(response) % 4]  # and sometimes a KeyError",
+        )
     )
-    recipe = write_rl(tmp_path / "data", reward=broken)
-    k2("run", str(recipe), "stage.rl.pass_rate=[0,1]", "--run-dir", str(tmp_path / "run"), "--quiet")
-    steps = steps_of(tmp_path / "run")
+    rows = (begun[0].parent / "reasoning.jsonl").read_text().replace(str(begun[0].parent), str(tmp_path))
+    (tmp_path / "reasoning.jsonl").write_text(rows)
+    changed = tmp_path / "broken.toml"
+    changed.write_text(text.replace(f"{begun[0].parent}/reasoning.jsonl", f"{tmp_path}/reasoning.jsonl"))
+    run_dir = go(begun, tmp_path / "run", "stage.rl.pass_rate=[0,1]", recipe=changed)
+    steps = steps_of(run_dir)
     assert len(steps) == 6 and sum(e["rollout"]["errors"] for e in steps) > 10
-    (note,) = (e for e in read(tmp_path / "run" / "events") if e["kind"] == "note" and e["stage"] == "rl")
+    (note,) = (e for e in read(run_dir / "events") if e["kind"] == "note" and e["stage"] == "rl")
     assert "left out" in note["text"] and "even" in note["text"]
 
 
-def test_pass_rates_of_another_stage_are_used(finished, tmp_path):
-    recipe, _, _ = finished
-    text = recipe.read_text()
-    pairs = '[[stage]]\nname = "pairs"\ntype = "preference_data"\nmodel = "sft"\ntasks = "reasoning"\nk = 4\nmax_tokens = 16\n\n'
+def test_pass_rates_of_another_stage_are_used(begun, tmp_path):
+    text = begun[0].read_text()
+    pairs = '[[stage]]\nname = "pairs"\ntype = "preference_data"\nmodel = "sft"\ntasks = "reasoning"\nk = 4\nmax_tokens = 16\n'
     place = text.index('[[stage]]\ntype = "rl"')
     changed = tmp_path / "with_pairs.toml"
-    changed.write_text(text[:place] + pairs + text[place:].replace("pass_samples = 4", 'pass_rates = "pairs"'))
-    done = rl_only((changed, finished[1], None), tmp_path, "stage.rl.steps=2", check=True)
-    assert done.returncode == 0
-    asked = {json.loads(line)["key"]: json.loads(line) for line in (stage_of(tmp_path, "pairs") / "pass_rates.jsonl").open()}
-    own = [json.loads(line) for line in (stage_of(tmp_path, "rl") / "pass_rates.jsonl").open()]
-    assert own and all(row == asked[row["key"]] for row in own)
+    own = text[place:].replace("pass_samples = 4", 'pass_rates = "pairs"')
+    changed.write_text(text[:place] + pairs + "valid_share = 0.5\n\n" + own)
+    run_dir = go(begun, tmp_path / "run", "stage.rl.steps=2", recipe=changed)
+    asked = {row["key"]: row for row in map(json.loads, (stage_of(run_dir, "pairs") / "pass_rates.jsonl").open())}
+    used = [json.loads(line) for line in (stage_of(run_dir, "rl") / "pass_rates.jsonl").open()]
+    assert used and all(row == asked[row["key"]] for row in used)
+
+
+def test_toggle_and_grpo_run(begun, tmp_path):
+    changes = ["stage.rl.algorithm={ type = 'grpo' }", "stage.rl.budget={ toggle = { every = 1, accuracy = 0.0 } }"]
+    run_dir = go(begun, tmp_path / "run", *changes, "stage.rl.advantages={ divide_by_std = true }", "stage.rl.steps=4")
+    steps = steps_of(run_dir)
+    assert steps[0]["losses"].keys() == {"grpo", "ptx"}
+    # With the lower half of right lengths as budget, some right response of a tight phase is too long.
+    assert any(
+        e["rollout"]["shaped_reward"] < e["rollout"]["reward"] - 0.25 * e["rollout"]["truncated"] - 1e-6 for e in steps[1::2]
+    )
+    free = steps[0]["rollout"]
+    assert free["shaped_reward"] == pytest.approx(free["reward"] - 0.25 * free["truncated"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tasks with one right answer and a worked-out solution: sums, products, spelling, counting, equations.
 
-{"prompt": "State the final answer to the following arithmetic problem: 47 + 25 =", "reasoning": "7+5=12, 4+2+1=07", "final": "72", "answer": "72", ...}. Prompts and answers are reasoning-gym's (Apache-2.0) and come with K2 Lab; the
+{"prompt": "State the final answer to the following arithmetic problem: 47 + 25 =", "reasoning": "7+5=12, 4+2+1=07",
+"final": "72", "answer": "72", ...}. Prompts and answers are reasoning-gym's (Apache-2.0) and come with K2 Lab; the
 solutions are K2 Lab's own.
 """
 
@@ -19,7 +20,7 @@ from k2lab.data.sources._solvers import solve
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningTasks:
-    """Verifiable tasks of eleven families (sums, products, spelling, counting, ...) at several difficulties, with solution traces.
+    """Verifiable tasks of eleven families (sums, products, spelling, counting, ...) in several difficulties, with worked traces.
 
     Records are `reasoning` records that are tasks, too: `answer` and `rewards` say how an answer is judged, `domain` is the
     family, `difficulty` the level (from 1), `group` is equal for tasks that differ only in the order of their numbers.
