@@ -160,14 +160,31 @@ def answer_of(tokens: Sequence[int], stop: str, reward: float, error: str, token
 
 
 def from_rollout(rollout: Any, tokenizer: Any) -> dict[str, Any]:
-    """A single-turn rollout as an answer."""
-    made = [int(token) for token, weight in zip(rollout.tokens, rollout.weight) if weight]
-    return answer_of(made, rollout.stop.value, rollout.reward, rollout.error, tokenizer)
+    """A single-turn rollout as an answer; `logprob` is its mean log-probability per token when it was drawn."""
+    own = rollout.weight != 0
+    made = [int(token) for token in rollout.tokens[own]]
+    answer = answer_of(made, rollout.stop.value, rollout.reward, rollout.error, tokenizer)
+    return {**answer, "logprob": round(float(rollout.logprobs[own].mean()), 5) if made else 0.0}
 
 
 def is_whole(answer: dict[str, Any]) -> bool:
     """Whether the answer ended its turn, says something, and nothing went wrong when it was judged."""
     return answer["stop"] == StopReason.EOS.value and bool(answer["text"].strip()) and not answer["error"]
+
+
+def counted(row: Any, answers: Sequence[dict[str, Any]], keeps: Any, why: Any) -> list[dict[str, Any]]:
+    """The answers that `keeps` accepts, counted in a `FunnelRow`; `why(answer)` says why one goes."""
+    kept = []
+    for answer in answers:
+        row.seen += 1
+        if keeps(answer):
+            row.kept += 1
+            kept.append(answer)
+            continue
+        row.dropped += 1
+        if len(row.examples) < 3:
+            row.examples.append({"text": answer["text"][:160], "why": why(answer)})
+    return kept
 
 
 # ---------------------------------------------------------------- records

@@ -36,6 +36,11 @@ class PreferenceData(Asking):
     match_length: bool = True
     # Leave out pairs whose longer side has more than so many times the tokens of the shorter; 1.0 = equal lengths only.
     length_ratio: float | None = None
+    # Of the pairs left, take those whose wrong answer the model found likelier than the right one: its confident mistakes.
+    hard: bool = False
+    # Only tasks solved this often give pairs: a task hardly ever solved is solved by luck.
+    min_pass_rate: float = 0.0
+    max_pass_rate: float = 1.0
     valid_share: float = 0.2
 
     def check(self, where: str) -> None:
@@ -48,6 +53,9 @@ class PreferenceData(Asking):
             raise RecipeError("a margin lies between 0 and 1", where=f"{where}.margin", got=self.margin)
         if self.length_ratio is not None and self.length_ratio < 1:
             raise RecipeError("must be at least 1", where=f"{where}.length_ratio", got=self.length_ratio)
+        if not 0 <= self.min_pass_rate <= self.max_pass_rate <= 1:
+            got = f"min_pass_rate={self.min_pass_rate}, max_pass_rate={self.max_pass_rate}"
+            raise RecipeError("pass rates lie between 0 and 1, the least first", where=where, got=got)
 
     def run(self, ctx: StageContext) -> None:
         from k2lab.text import tokenizer as text_tokenizer
@@ -105,27 +113,29 @@ class PreferenceData(Asking):
         from k2lab.stages._pairs import choose_pairs, distinct
 
         usable = FunnelRow("answers that ended and could be judged")
+        fitting = FunnelRow(f"tasks with a pass rate from {self.min_pass_rate:g} to {self.max_pass_rate:g}")
         paired = FunnelRow("tasks with right and wrong answers")
         made: list[dict[str, Any]] = []
         for record, own in zip(records, answers, strict=True):
-            whole = [answer for answer in own if _asking.is_whole(answer)]
-            usable.seen, usable.kept = usable.seen + len(own), usable.kept + len(whole)
-            usable.examples += [
-                {"text": answer["text"][:160], "why": answer["error"] or f"stopped by {answer['stop']}"}
-                for answer in own
-                if answer not in whole
-            ][: 3 - len(usable.examples)]
+            whole = _asking.counted(
+                usable, own, _asking.is_whole, lambda answer: answer["error"] or f"stopped by {answer['stop']}"
+            )
+            rate = pass_rate(own)
+            fits = rate is not None and self.min_pass_rate <= rate <= self.max_pass_rate
+            fitting.seen, fitting.kept = fitting.seen + 1, fitting.kept + fits
+            if not fits:
+                continue
             pairs = choose_pairs(
                 distinct(whole),
                 per_task=self.pairs_per_task,
                 margin=self.margin,
                 match_length=self.match_length,
                 length_ratio=self.length_ratio,
+                hard=self.hard,
                 seed=ctx.seed,
                 key=record["key"],
             )
             paired.seen, paired.kept = paired.seen + 1, paired.kept + bool(pairs)
-            rate = sum(answer["reward"] for answer in own) / len(own)
             for n, (chosen, rejected) in enumerate(pairs):
                 made.append(
                     _asking.made_record(
@@ -139,7 +149,7 @@ class PreferenceData(Asking):
                         pass_rate=round(rate, 6),
                     )
                 )
-        for row in (usable, paired):
+        for row in (usable, fitting, paired):
             row.dropped = row.seen - row.kept
             ctx.events.emit("funnel", **row.as_event())
         if not made:
@@ -155,6 +165,12 @@ class PreferenceData(Asking):
         return [PreferenceData(model="reasoning_sft", tasks="reasoning", k=4, limit=8)]
 
 
+def pass_rate(answers: list[dict[str, Any]]) -> float | None:
+    """Mean reward of the answers that could be judged, None if there are none."""
+    judged = [answer["reward"] for answer in answers if not answer["error"]]
+    return sum(judged) / len(judged) if judged else None
+
+
 def write_pass_rates(ctx: StageContext, records: list[dict[str, Any]], answers: list[list[dict[str, Any]]]) -> None:
     """`pass_rates.jsonl`, a line per task: mean reward over the samples that could be judged."""
     from k2lab.core.artifacts import disk_errors
@@ -163,10 +179,11 @@ def write_pass_rates(ctx: StageContext, records: list[dict[str, Any]], answers: 
     rates = []
     with disk_errors(path), path.open("w", encoding="utf-8") as file:
         for record, own in zip(records, answers, strict=True):
-            judged = [answer["reward"] for answer in own if not answer["error"]]
-            if judged:
-                rates.append(sum(judged) / len(judged))
-                line = {"key": record["key"], "pass_rate": round(rates[-1], 6), "samples": len(judged)}
+            rate = pass_rate(own)
+            if rate is not None:
+                rates.append(rate)
+                samples = sum(not answer["error"] for answer in own)
+                line = {"key": record["key"], "pass_rate": round(rate, 6), "samples": samples}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     ctx.facts["pass_rate"] = round(sum(rates) / len(rates), 6) if rates else None
     ctx.facts["errors"] = sum(bool(answer["error"]) for own in answers for answer in own)

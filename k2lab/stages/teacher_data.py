@@ -210,11 +210,15 @@ class TeacherData(Asking):
         chosen = FunnelRow("different answers" + (f", at most {self.keep} per prompt" if self.keep else ""))
         made: list[dict[str, Any]] = []
         for record, own in zip(records, answers, strict=True):
-            kept = _step(whole, own, _has_answer, lambda answer: answer["error"] or f"no answer, stopped by {answer['stop']}")
+            kept = _asking.counted(
+                whole, own, _has_answer, lambda answer: answer["error"] or f"no answer, stopped by {answer['stop']}"
+            )
             if self.verify:
-                kept = _step(good, kept, lambda a: a["reward"] >= self.min_reward, lambda a: f"reward {a['reward']:g}")
+                kept = _asking.counted(good, kept, lambda a: a["reward"] >= self.min_reward, lambda a: f"reward {a['reward']:g}")
             different = {id(answer) for answer in distinct(kept)[: self.keep or None]}
-            kept = _step(chosen, kept, lambda answer, few=different: id(answer) in few, lambda _: "said before, or enough kept")
+            kept = _asking.counted(
+                chosen, kept, lambda answer, few=different: id(answer) in few, lambda _: "said before, or enough kept"
+            )
             for n, answer in enumerate(kept):
                 fields: dict[str, Any] = {"response": answer["text"]}
                 if answer.get("tokens") and tokenizer is not None:
@@ -254,18 +258,3 @@ def _has_answer(answer: dict[str, Any]) -> bool:
     from k2lab.gym.rewards._answer import final_answer
 
     return _asking.is_whole(answer) and bool(final_answer(answer["text"]))
-
-
-def _step(row: Any, answers: list[dict[str, Any]], keeps: Any, why: Any) -> list[dict[str, Any]]:
-    """Filters answers and counts it in a funnel row."""
-    kept = []
-    for answer in answers:
-        row.seen += 1
-        if keeps(answer):
-            row.kept += 1
-            kept.append(answer)
-            continue
-        row.dropped += 1
-        if len(row.examples) < 3:
-            row.examples.append({"text": answer["text"][:160], "why": why(answer)})
-    return kept

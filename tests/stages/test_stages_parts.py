@@ -35,11 +35,27 @@ def tokenizer():
 
 
 def answer(reward, length, text=None):
-    return {"reward": reward, "tokens": list(range(length)), "text": text or f"{reward} {length}", "stop": "eos", "error": ""}
+    return {
+        "reward": reward,
+        "tokens": list(range(length)),
+        "text": text or f"{reward} {length}",
+        "stop": "eos",
+        "error": "",
+        "logprob": -1.0,
+    }
 
 
 def choose(answers, **changes):
-    settings = {"per_task": 4, "margin": 0.5, "match_length": True, "length_ratio": None, "seed": 0, "key": "k", **changes}
+    settings = {
+        "per_task": 4,
+        "margin": 0.5,
+        "match_length": True,
+        "length_ratio": None,
+        "hard": False,
+        "seed": 0,
+        "key": "k",
+        **changes,
+    }
     return choose_pairs(answers, **settings)
 
 
@@ -61,6 +77,13 @@ def test_pairs_need_a_margin_and_a_bound_on_lengths():
     assert choose([answer(0.7, 5), answer(0.3, 6)]) == [] != choose([answer(0.7, 5), answer(0.3, 6)], margin=0.3)
     assert choose([answer(1.0, 5), answer(0.0, 6)], length_ratio=1.0) == []
     assert choose([answer(1.0, 6), answer(0.0, 6)], length_ratio=1.0) != []
+
+
+def test_hard_pairs_are_confident_mistakes():
+    answers = [{**answer(float(n < 2), 5, str(n)), "logprob": lp} for n, lp in enumerate((-0.1, -0.9, -0.2, -2.0))]
+    assert [(c["text"], r["text"]) for c, r in choose(answers, per_task=1, hard=True)] == [("1", "2")]
+    answers[2]["tokens"] = list(range(9))  # lengths come first
+    assert [(c["text"], r["text"]) for c, r in choose(answers, per_task=1, hard=True)] == [("1", "3")]
 
 
 def test_choice_depends_on_seed_and_key_alone():

@@ -11,6 +11,7 @@ import pytest
 from small_life import REWARD
 from small_run import WORDS, k2, weights_of, write
 from test_stages_kill import start, wait_for
+from test_stages_torchrun import torchrun
 
 from k2lab import runner
 from k2lab.core import artifacts
@@ -136,6 +137,23 @@ def test_killed_and_resumed_equals_never_interrupted(finished, lag, tmp_path):
     whole, killed = steps_of(tmp_path / "whole"), steps_of(tmp_path / "killed")
     assert [(e["step"], e["losses"], e["metrics"]) for e in whole] == [(e["step"], e["losses"], e["metrics"]) for e in killed]
     assert [e["rollout"]["lag"] for e in whole] == ([0] + [lag] * 5)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_learn_the_same(finished, tmp_path):
+    recipe, run_dir, _ = finished
+    (tmp_path / "two" / "stages").mkdir(parents=True)
+    for path in (run_dir / "stages").iterdir():
+        if not path.name.startswith("rl-"):
+            (tmp_path / "two" / "stages" / path.name).symlink_to(path)
+    done = torchrun("run", str(recipe), "--device", "cpu", "--run-dir", "two", "--quiet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = steps_of(run_dir), steps_of(tmp_path / "two")
+    assert [e["rollout"]["rollouts"] for e in two] == [16] * 6
+    for a, b in zip(one, two, strict=True):
+        # Rounding differs with the batch, and a draw that lies on the edge between two tokens may fall to the other side.
+        assert (a["rollout"]["reward"], a["tokens"]) == (b["rollout"]["reward"], b["tokens"]), a["step"]
+        assert b["losses"] == pytest.approx(a["losses"], rel=1e-4), a["step"]
 
 
 @pytest.fixture(scope="module")
