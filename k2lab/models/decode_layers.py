@@ -324,7 +324,7 @@ class Dense:
         self.keys.append(k, places)
         self.values.append(v, places)
         q_BUHC = q.view(B, -1, m.num_key_value_groups, m.head_dim)
-        return linear(attend(q_BUHC, self.keys, self.values, m.head_dim, m.scaling, places).view(B, -1), m.o_proj)
+        return linear(attend(q_BUHC, self.keys, self.values, m.head_dim, m.scaling, places).reshape(B, -1), m.o_proj)
 
 
 # ---------------------------------------------------------------- Kimi Delta Attention

@@ -20,16 +20,17 @@ _TINY_DENSE = ModelSpec(
     max_position_embeddings=4096,
 )
 
-# The student of tiny-k2: Qwen2's shape, the same vocabulary and width, 57 % of its active parameters outside the embeddings.
+# The student of tiny-k2: Qwen2's shape, the same vocabulary and width, 52 % of its active parameters outside the embeddings.
+# Fewer and wider heads decode faster than more and narrower ones of the same size.
 _TINY_QWEN2 = ModelSpec(
     name="tiny-qwen2",
     family="dense",
     hidden_size=256,
     num_layers=2,
     vocab_size=1536,
-    intermediate_size=448,
-    num_attention_heads=8,
-    num_kv_heads=4,
+    intermediate_size=384,
+    num_attention_heads=4,
+    num_kv_heads=2,
     attention_bias=True,
     rope_theta=10000.0,
     max_position_embeddings=4096,

@@ -31,9 +31,9 @@ def choose_pairs(
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """At most `per_task` pairs (chosen, rejected) whose rewards differ by at least `margin`.
 
-    Each next pair is one whose sides were used least, then (with `match_length`) whose lengths in tokens differ least, then (with
-    `hard`) whose rejected side was the most likely against its chosen side, then as drawn. With `length_ratio` pairs whose longer
-    side has more than so many times the tokens of the shorter are left out.
+    Each next pair is one whose sides were used least, then (with `hard`) whose rejected side was the most likely per token
+    against its chosen side, then (with `match_length`) whose lengths in tokens differ least, then as drawn. With `length_ratio`
+    pairs whose longer side has more than so many times the tokens of the shorter are left out.
     """
     places = range(len(answers))
     candidates = [(i, j) for i in places for j in places if answers[i]["reward"] - answers[j]["reward"] >= margin]
@@ -46,11 +46,11 @@ def choose_pairs(
     left = list(range(len(candidates)))
     while left and len(pairs) < per_task:
 
-        def cost(n: int) -> tuple[int, int, float, int]:
+        def cost(n: int) -> tuple[int, float, int, int]:
             i, j = candidates[n]
             gap = abs(lengths[i] - lengths[j]) if match_length else 0
             ease = answers[i]["logprob"] - answers[j]["logprob"] if hard else 0.0
-            return int(uses[i] + uses[j]), gap, ease, int(rank[n])
+            return int(uses[i] + uses[j]), ease, gap, int(rank[n])
 
         best = min(left, key=cost)
         left.remove(best)

@@ -36,7 +36,8 @@ class PreferenceData(Asking):
     match_length: bool = True
     # Leave out pairs whose longer side has more than so many times the tokens of the shorter; 1.0 = equal lengths only.
     length_ratio: float | None = None
-    # Of the pairs left, take those whose wrong answer the model found likelier than the right one: its confident mistakes.
+    # Take pairs whose wrong answer the model found most likely against the right one, its confident mistakes, before those of
+    # similar length; bound lengths by length_ratio then.
     hard: bool = False
     # Only tasks solved this often give pairs: a task hardly ever solved is solved by luck.
     min_pass_rate: float = 0.0

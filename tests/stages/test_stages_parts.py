@@ -82,8 +82,9 @@ def test_pairs_need_a_margin_and_a_bound_on_lengths():
 def test_hard_pairs_are_confident_mistakes():
     answers = [{**answer(float(n < 2), 5, str(n)), "logprob": lp} for n, lp in enumerate((-0.1, -0.9, -0.2, -2.0))]
     assert [(c["text"], r["text"]) for c, r in choose(answers, per_task=1, hard=True)] == [("1", "2")]
-    answers[2]["tokens"] = list(range(9))  # lengths come first
-    assert [(c["text"], r["text"]) for c, r in choose(answers, per_task=1, hard=True)] == [("1", "3")]
+    answers[2]["tokens"] = list(range(9))  # this comes before lengths, which may be bounded
+    assert [(c["text"], r["text"]) for c, r in choose(answers, per_task=1, hard=True)] == [("1", "2")]
+    assert [(c["text"], r["text"]) for c, r in choose(answers, per_task=1, hard=True, length_ratio=1.2)] == [("1", "3")]
 
 
 def test_choice_depends_on_seed_and_key_alone():
