@@ -10,7 +10,10 @@ angle per token f_i is at least SLOWEST; query of head h: q_i = exp(-i f_i dista
 its peak. Rotated by their places, their score is PAIR x sum_i cos(f_i (distance - distance_h)). Slower pairs are left out: they
 would only add a constant to all distances. (YaRN leaves quick pairs nearly as they are, so they are taken unscaled there, too.)
 
-Legend: `D` hidden width, `Q` query rank, `N` no-position width, `R` rotary width, `H` heads.
+Dense models with attention biases (Qwen2) need no shared direction: the same queries and keys are written into the biases. Their
+rotary pairs are dimensions i and i + R/2.
+
+Legend: `D` hidden width, `Q` query rank, `N` no-position width, `R` rotary width, `H` heads, `G` key-value heads.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ SLOWEST = 1 / 64  # radians per token
 @torch.no_grad()
 def begin(tensor: torch.Tensor, name: str, seed: int, spec: ModelSpec) -> None:
     """Adds the local heads of `spec.local_heads` to a freshly drawn parameter, in place; other parameters stay as they are."""
+    if spec.family == "dense":
+        _begin_biases(tensor, name, spec)
+        return
     D, Q, N, R = spec.hidden_size, spec.q_lora_rank, spec.qk_nope_head_dim, spec.qk_rope_head_dim
     u_D = torch.from_numpy(rng(seed, "init", "local_heads").standard_normal(D)).to(tensor)
     along_D = u_D / u_D.norm()
@@ -39,8 +45,7 @@ def begin(tensor: torch.Tensor, name: str, seed: int, spec: ModelSpec) -> None:
         return
     if not name.startswith("model.layers.0.self_attn."):
         return
-    f = spec.rope_theta ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)
-    used = (f >= SLOWEST).to(f)
+    f, used = _turns(spec.rope_theta, R)
     query = PAIR * math.sqrt(N + R) / KEY
     part = name.rsplit(".", 2)[-2]
     if part == "kv_a_proj_with_mqa":
@@ -61,3 +66,22 @@ def begin(tensor: torch.Tensor, name: str, seed: int, spec: ModelSpec) -> None:
                 spread = D * spec.initializer_range**2  # variance of the other features before the norm
                 feature = shared / math.sqrt((shared**2 + (Q - 1) * spread) / Q)
                 rows[head, N:, 0] = turned / feature
+
+
+def _turns(theta: float, R: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(angle per token of each rotary pair [R/2], 1 for those that are used and 0 for those too slow), fp64."""
+    f = theta ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)
+    return f, (f >= SLOWEST).to(f)
+
+
+def _begin_biases(tensor: torch.Tensor, name: str, spec: ModelSpec) -> None:
+    """The same for queries and keys that are biases of layer 0: [H R] and [G R]."""
+    R = spec.head_dim
+    f, used = _turns(spec.rope_theta, R)
+    if name == "model.layers.0.self_attn.k_proj.bias":
+        tensor.view(-1, R)[:, : R // 2] += (used * KEY).to(tensor)
+    elif name == "model.layers.0.self_attn.q_proj.bias":
+        rows = tensor.view(-1, R)
+        for head, distance in enumerate(spec.local_heads):
+            pairs = torch.polar(used * PAIR * math.sqrt(R) / KEY, -f * distance)
+            rows[head] += torch.cat([pairs.real, pairs.imag]).to(tensor)

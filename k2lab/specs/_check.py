@@ -78,8 +78,8 @@ def _check_positions(spec: ModelSpec) -> None:
 def _check_local_heads(spec: ModelSpec) -> None:
     if not spec.local_heads:
         return
-    if spec.family != "kimi_k2":
-        raise _wrong("local_heads", spec.local_heads, "none, except in family kimi_k2")
+    if spec.family != "kimi_k2" and not spec.attention_bias:
+        raise _wrong("local_heads", spec.local_heads, "none, except in family kimi_k2 and in dense models with attention_bias")
     if len(spec.local_heads) > spec.num_attention_heads or min(spec.local_heads) < 1:
         raise _wrong("local_heads", spec.local_heads, f"at most {spec.num_attention_heads} distances (one a head) of 1 or more")
 

@@ -35,6 +35,7 @@ _TINY_QWEN2 = ModelSpec(
     rope_theta=10000.0,
     max_position_embeddings=4096,
     initializer_range=0.04,
+    local_heads=(1, 2, 3, 4),  # as in its teacher
 )
 
 # Qwen/Qwen2.5-7B

@@ -123,6 +123,7 @@ def make(tmp_path, kind):
         hidden_size=64,
         intermediate_size=96,
         attention_bias=kind == "qwen2",
+        local_heads=(),
         tie_word_embeddings=kind == "llama",
         bos_token_id=1,
         eos_token_id=2,

@@ -27,6 +27,19 @@ def test_each_head_peaks_at_its_distance(q_lora_rank):
         assert mean[distance] > 0.3 and sum(mean[distance - 1 : distance + 2]) > 0.7
 
 
+def test_biases_of_dense_students_do_the_same():
+    spec = specs.get("tiny-qwen2")
+    assert spec.local_heads == (1, 2, 3, 4)
+    weights = layer0_attention(spec)
+    for head, distance in enumerate(spec.local_heads):
+        mean = [float(weights[head].diagonal(-back)[8:].mean()) for back in range(8)]
+        assert max(range(8), key=mean.__getitem__) == distance
+        assert mean[distance] > 0.3 and sum(mean[distance - 1 : distance + 2]) > 0.7
+    with_heads, without = (build.from_spec(s, seed=5).state() for s in (spec, spec.replace(local_heads=())))
+    changed = {name for name in with_heads if not torch.equal(with_heads[name], without[name])}
+    assert changed == {f"model.layers.0.self_attn.{part}_proj.bias" for part in "qk"}
+
+
 def test_without_them_no_distance_stands_out():
     weights = layer0_attention(specs.get("tiny-k2").replace(local_heads=()))
     assert max(weights[h].diagonal(-d)[8:].mean() for h in range(4) for d in (1, 2, 3)) < 0.2
@@ -50,3 +63,8 @@ def test_impossible_ones_are_refused(change):
 def test_models_without_rotary_positions_refuse_them():
     with pytest.raises(RecipeError, match="local_heads"):
         specs.get("tiny-linear").replace(local_heads=(1,))
+
+
+def test_dense_models_without_biases_refuse_them():
+    with pytest.raises(RecipeError, match="attention_bias"):
+        specs.get("tiny-qwen2").replace(attention_bias=False)

@@ -18,7 +18,7 @@ from k2lab.optim.schedules.constant import Constant
 from k2lab.sampling.local import LocalSampler
 
 QWEN = specs.get("tiny-qwen2").replace(vocab_size=300, hidden_size=64, intermediate_size=96)
-LLAMA = QWEN.replace(attention_bias=False, tie_word_embeddings=True)
+LLAMA = QWEN.replace(attention_bias=False, tie_word_embeddings=True, local_heads=())
 PLAIN = {"qwen2": Qwen2ForCausalLM, "llama": LlamaForCausalLM}
 
 
