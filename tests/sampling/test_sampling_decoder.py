@@ -20,7 +20,7 @@ def model_of(name):
     """A small model of a family with weights that training could have left: larger and more uneven than at the start."""
     shape = {"vocab_size": W, "hidden_size": 128, "intermediate_size": 128}
     spec = specs.get(name.removesuffix("-llama")).replace(
-        **shape, **({"attention_bias": False} if name.endswith("-llama") else {})
+        **shape, **({"attention_bias": False, "local_heads": ()} if name.endswith("-llama") else {})
     )
     model = build.from_spec(spec, seed=5)
     with torch.no_grad():
