@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from k2lab.core.errors import DataError, RecipeError
@@ -32,6 +32,8 @@ class Asking(Stage):
     top_p: float = 1.0
     # Most tokens of an answer.
     max_tokens: int = 64
+    # Judge by these rewards instead of those that the records name, e.g. ["numeric"]; [] = as the records say.
+    rewards: list[str] = field(default_factory=tuple)  # type: ignore[assignment]
     # Put Kimi's default system message before prompts that have none.
     default_system: bool = False
     # Share of prompts (whole groups of them) whose records go into the held-out part.
@@ -84,8 +86,9 @@ def prompt_of(record: dict[str, Any]) -> tuple[Message, ...]:
     return messages
 
 
-def tasks_of(records: Sequence[dict[str, Any]], max_tokens: int, judged: bool) -> list[Any]:
-    """A `gym.task.Task` per record, under the record's key; with `judged` each must carry an answer, else none is judged."""
+def tasks_of(records: Sequence[dict[str, Any]], max_tokens: int, judged: bool, rewards_instead: Sequence[str] = ()) -> list[Any]:
+    """A `gym.task.Task` per record, under the record's key; with `judged` each must carry an answer, else none is judged.
+    `rewards_instead` take the place of the records' own rewards."""
     from k2lab.data.records import REWARDS, is_task
     from k2lab.gym.task import Task
 
@@ -98,13 +101,15 @@ def tasks_of(records: Sequence[dict[str, Any]], max_tokens: int, judged: bool) -
                 got="keys " + ", ".join(record),
                 allowed='records with "answer" (and "rewards", by default ["exact_match"])',
             )
+        rewards = tuple(rewards_instead or record.get("rewards") or REWARDS) if judged else ()
+        options = record.get("options") or {}
         tasks.append(
             Task(
                 key=record["key"],
                 messages=prompt_of(record),
                 answer=record.get("answer", "") if judged else "",
-                rewards=tuple(record.get("rewards") or REWARDS) if judged else (),
-                options=record.get("options") or {} if judged else {},
+                rewards=rewards,
+                options={name: options[name] for name in rewards if name in options},
                 max_tokens=max_tokens,
             )
         )
@@ -190,8 +195,8 @@ def counted(row: Any, answers: Sequence[dict[str, Any]], keeps: Any, why: Any) -
 # ---------------------------------------------------------------- records
 
 
-def made_record(record: dict[str, Any], key: str, **fields: Any) -> dict[str, Any]:
-    """A record made from `record`'s prompt: what it keeps of it, its prompt, and `fields`."""
+def made_record(record: dict[str, Any], key: str, rewards: Sequence[str] = (), **fields: Any) -> dict[str, Any]:
+    """A record made from `record`'s prompt: what it keeps of it, its prompt, and `fields`; `rewards` instead of its own."""
     from k2lab.data.records import group_of, is_task
     from k2lab.text.chat import to_openai
 
@@ -203,6 +208,9 @@ def made_record(record: dict[str, Any], key: str, **fields: Any) -> dict[str, An
         made["prompt_messages"] = to_openai(list(messages))
     if made.get("answer") is not None and not is_task(record):
         del made["answer"]
+    if rewards and "answer" in made:
+        made["rewards"] = list(rewards)
+        made["options"] = {name: value for name, value in made.get("options", {}).items() if name in rewards}
     return {**made, **fields}
 
 

@@ -79,7 +79,7 @@ class PreferenceData(Asking):
         from k2lab.sampling.local import LocalSampler
         from k2lab.stages._journal import Journal
 
-        tasks = _asking.tasks_of(records, self.max_tokens, judged=True)
+        tasks = _asking.tasks_of(records, self.max_tokens, judged=True, rewards_instead=self.rewards)
         pieces = list(_asking.chunks(self, tasks))
         found: list[list[dict[str, Any]]] = []
         sampler = None
@@ -142,6 +142,7 @@ class PreferenceData(Asking):
                     _asking.made_record(
                         record,
                         f"{record['key']}#{n}",
+                        self.rewards,
                         chosen=chosen["text"],
                         rejected=rejected["text"],
                         chosen_tokens=chosen["tokens"],

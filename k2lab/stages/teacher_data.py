@@ -48,6 +48,8 @@ class TeacherData(Asking):
             raise RecipeError("say who answers: either `teacher` or `endpoint`", where=where)
         if not self.prompts:
             raise RecipeError("name at least one data set of prompts", where=f"{where}.prompts")
+        if self.rewards and not self.verify:
+            raise RecipeError("rewards judge nothing without verify = true", where=f"{where}.rewards")
         if self.top_k < 0 or self.keep < 0:
             raise RecipeError("must not be negative", where=f"{where}.{'top_k' if self.top_k < 0 else 'keep'}")
         if self.endpoint is not None and self.top_k and not (self.endpoint.token_ids and self.tokenizer):
@@ -67,7 +69,7 @@ class TeacherData(Asking):
         from k2lab.text import tokenizer as text_tokenizer
 
         records = _asking.asked_records(self, ctx, "prompts")
-        tasks = _asking.tasks_of(records, self.max_tokens, judged=self.verify)
+        tasks = _asking.tasks_of(records, self.max_tokens, judged=self.verify, rewards_instead=self.rewards)
         if self.endpoint is None:
             tokenizer = text_tokenizer.load(ctx.parent("teacher").path)
             answers = self._from_model(ctx, tokenizer, tasks)
@@ -227,7 +229,7 @@ class TeacherData(Asking):
                         fields["top"] = answer["top"]
                 if self.verify:
                     fields["reward"] = answer["reward"]
-                made.append(_asking.made_record(record, f"{record['key']}#{n}", **fields))
+                made.append(_asking.made_record(record, f"{record['key']}#{n}", self.rewards, **fields))
         for row in (whole, good, chosen) if self.verify else (whole, chosen):
             ctx.events.emit("funnel", **row.as_event())
         ctx.facts["errors"] = sum(bool(answer["error"]) for own in answers for answer in own)

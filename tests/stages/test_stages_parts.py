@@ -222,6 +222,10 @@ def test_a_conversation_before_the_prompt_goes_along():
     made = made_record(record, "k#0", response="y")
     assert made["prompt"] == "Hi" and made["domain"] == "d" and made["group"] == "g"
     assert prompt_of(made) == prompt_of(record) and len(prompt_of(made)) == 2
+    other = made_record(
+        {"key": "k", "prompt": "Hi", "answer": "4", "options": {"exact_match": {}}}, "k#0", ["numeric"], response="y"
+    )
+    assert other["rewards"] == ["numeric"] and other["options"] == {}
     assert "answer" not in made_record({"key": "k", "question": "Hi", "answer": "long text"}, "k#0", response="y")
 
 
