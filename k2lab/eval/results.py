@@ -7,9 +7,13 @@
                  "samples": [{"prompt", "completion", "stop"}]}],
      "chain": [[before, after], ...],
      "changes": [{"before", "after", "metric", "change", "low", "high", "n"}],
-     "baselines": [{"name", "metric", "value"}]}
+     "baselines": [{"name", "metric", "value"}],
+     "students": [{"teacher", "student", "active_params_non_embedding": {"teacher", "student"},
+                   "changes": [{"metric", "settings", "teacher", "student", "change", "low", "high", "n",
+                                "ratio", "ratio_low", "ratio_high"}]}]}     (left out where there is none)
 
-Models are named by `name`; an unknown bound (infinite) and an unknown deviation are null.
+Models are named by `name`; an unknown bound (infinite) and an unknown deviation are null. In `students`, `change` is student -
+teacher on the same items, `ratio` student / teacher (null for what is no score, or where the teacher has none).
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ class Results:
     chain: list[list[str]] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
     baselines: list[dict[str, Any]] = field(default_factory=list)
+    students: list[dict[str, Any]] = field(default_factory=list)
 
     def add_model(self, name: str, *, stage: str | None, label: str) -> None:
         """A model that was measured: `name` is unique, `stage` made it (None: none did), `label` what a reader sees."""
@@ -97,6 +102,24 @@ class Results:
             }
         )
 
+    def add_student(self, teacher: str, student: str, active: tuple[int | None, int | None]) -> None:
+        """A student and the teacher that it learnt from, with their parameters at work per token, embeddings left out (None: not
+        known)."""
+        self._model(teacher)
+        self._model(student)
+        sizes = dict(zip(("teacher", "student"), active, strict=True))
+        self.students.append({"teacher": teacher, "student": student, "active_params_non_embedding": sizes, "changes": []})
+
+    def add_student_change(
+        self, metric: str, settings: str, values: tuple[float, float], change: Change, ratio: Estimate | None
+    ) -> None:
+        """A paired comparison of the student added last with its teacher; `values` are the teacher's and the student's."""
+        row: dict[str, Any] = {"metric": metric, "settings": settings, "teacher": values[0], "student": values[1]}
+        row |= {"change": change.change, "low": _bound(change.low), "high": _bound(change.high), "n": change.n}
+        names = ("ratio", "ratio_low", "ratio_high")
+        found = (None, None, None) if ratio is None else (ratio.value, _bound(ratio.low), _bound(ratio.high))
+        self.students[-1]["changes"].append(row | dict(zip(names, found)))
+
     def add_baseline(self, name: str, metric: str, value: float) -> None:
         """What something simple reaches in a metric (a uniform guess, n-grams), for scale."""
         if not math.isfinite(value):
@@ -105,13 +128,14 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         """The content of results.json."""
-        return {
+        content = {
             "format": FORMAT,
             "models": self.models,
             "chain": self.chain,
             "changes": self.changes,
             "baselines": self.baselines,
         }
+        return content | {"students": self.students} if self.students else content
 
     def write(self, path: Path) -> None:
         """Writes results.json. Raises DataError if `check` finds a problem, MachineError if the disk refuses."""
@@ -173,6 +197,13 @@ def check(content: dict[str, Any]) -> list[str]:
             problems.append(f"the change {change['before']} -> {change['after']} names what is no model")
         elif not _number(change["change"]) or not _ordered(change["low"], change["change"], change["high"]):
             problems.append(f"the change {change['before']} -> {change['after']} of {change['metric']} lies outside its interval")
+    for pair in content.get("students", []):
+        problems += [
+            f"{name!r}, a teacher or student, is no model" for name in (pair["teacher"], pair["student"]) if name not in names
+        ]
+        for row in pair["changes"]:
+            if not _number(row["change"]) or not _ordered(row["low"], row["change"], row["high"]):
+                problems.append(f"the change {pair['teacher']} -> {pair['student']} of {row['metric']} lies outside its interval")
     return problems
 
 

@@ -179,6 +179,27 @@ def paired_ratio_change(
     return Change(float(gain_P.sum() / bottom_P.sum()), low, high, len(gain_P), f"bootstrap over items, {resamples} resamples")
 
 
+def paired_share(whole: Any, part: Any, seed: int, name: str, resamples: int = RESAMPLES, level: float = LEVEL) -> Estimate:
+    """sum(part) / sum(whole) of two models' scores on the same items in the same order, such as the share of a teacher's accuracy
+    that a student keeps, with the percentile bootstrap over items, both models on the same resampled items.
+
+    Scores must not be negative, and `whole` not all 0 (DataError). A resample in which `whole` is all 0 counts as infinite.
+    """
+    whole_P, part_P = _finite(whole, "a share"), _finite(part, "a share")
+    _same(whole_P, part_P)
+    if min(whole_P.min(), part_P.min()) < 0 or not whole_P.any():
+        raise DataError("a share is taken of scores that are not negative and not all 0", got=f"a sum of {whole_P.sum():g}")
+
+    def share(picked: np.ndarray) -> np.ndarray:
+        tops, bottoms = part_P[picked].sum(axis=1), whole_P[picked].sum(axis=1)
+        return np.divide(tops, bottoms, out=np.full(len(tops), math.inf), where=bottoms > 0)
+
+    shares_R = np.sort(_resampled(len(whole_P), seed, name, resamples, share))
+    low, high = np.quantile(shares_R, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    method = f"bootstrap over items, {resamples} resamples"
+    return Estimate(float(part_P.sum() / whole_P.sum()), float(low), float(high), None, len(whole_P), method)
+
+
 # ---------------------------------------------------------------- parts
 
 

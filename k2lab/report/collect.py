@@ -19,6 +19,7 @@ from k2lab.report.figures import number
 
 Status = Literal["done", "failed", "unfinished", "waiting", "skipped"]
 RESULTS = "results.json"
+TIMINGS = "timings.json"  # of the same form, apart because it differs from run to run
 RESULTS_FORMATS = (0, 1)  # of results.json: this version's and the one before
 PREFERENCE = "preference.json"
 PASS_RATES = "pass_rates.jsonl"
@@ -323,6 +324,8 @@ def _stage(
         if results.get("format", 1) not in RESULTS_FORMATS:
             problems.append(f"{RESULTS} of {directory.name} has format {results['format']!r}, which this version does not read")
             results = None
+        elif (directory / TIMINGS).is_file():
+            results = _with_timings(results, _json(directory / TIMINGS, problems))
     reached = max((int(e["step"]) for e in log if e["kind"] in ("step", "progress")), default=None)
     total = number(starts[-1].get("total")) if starts else None
     kind = str(table.get("type") or manifest.get("type") or (starts[-1].get("type") if starts else None) or name)
@@ -376,6 +379,21 @@ def _is_failure(event: dict[str, Any], log: list[dict[str, Any]]) -> bool:
     if event["kind"] not in ("stage_failed", "error") and not (event["kind"] == "stage_end" and event.get("error")):
         return False
     return all(e["attempt"] <= event["attempt"] for e in log if e["kind"] == "stage_start")
+
+
+def _with_timings(results: dict[str, Any], timings: dict[str, Any]) -> dict[str, Any]:
+    """The results with the metrics of a `timings.json` beside each model's own."""
+    found = {
+        model["name"]: model["metrics"]
+        for model in timings.get("models") or []
+        if isinstance(model, dict) and isinstance(model.get("metrics"), list) and isinstance(model.get("name"), str)
+    }
+    models = [
+        {**model, "metrics": [*(model.get("metrics") or []), *found.get(str(model.get("name")), [])]}
+        for model in results.get("models") or []
+        if isinstance(model, dict)
+    ]
+    return {**results, "models": models}
 
 
 def _first(*values: Any) -> float | None:

@@ -8,6 +8,8 @@ from typing import Any
 from k2lab.report.collect import RunView
 from k2lab.report.figures import number
 
+TIME_UNITS = ("ms/token", "s/token", "us/token", "seconds/token", "milliseconds/token")
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -24,6 +26,11 @@ class Measure:
     n: float | None = None
     settings: str = ""
     source: str = ""
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it is a time per token: another measurement of the same model gives another value."""
+        return self.unit in TIME_UNITS
 
 
 @dataclass
@@ -65,6 +72,7 @@ class Evaluation:
     before: dict[str, str] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
     baselines: list[Baseline] = field(default_factory=list)
+    students: list[dict[str, Any]] = field(default_factory=list)  # paired comparisons with teachers, as `eval.results` has them
 
     def change(self, before: str, after: str, measure: Measure) -> dict[str, Any]:
         """The paired change of a measure between two models as the stage recorded it that made the measure, or an empty table."""
@@ -72,6 +80,15 @@ class Evaluation:
             same = change.get("before") == before and change.get("after") == after and change.get("metric") == measure.metric
             if same and change.get("settings") in (None, "", measure.settings) and change["source"] == measure.source:
                 return change
+        return {}
+
+    def kept(self, teacher: str, student: str, measure: Measure) -> dict[str, Any]:
+        """A student's paired comparison with its teacher in a measure, or an empty table."""
+        for pair in reversed(self.students):
+            if (pair.get("teacher"), pair.get("student")) == (teacher, student):
+                for row in _tables(pair.get("changes")):
+                    if (row.get("metric"), row.get("settings")) == (measure.metric, measure.settings):
+                        return row
         return {}
 
     def ordered(self) -> list[ModelView]:
@@ -140,6 +157,7 @@ def _add(merged: Evaluation, source: str, results: dict[str, Any]) -> None:
         if isinstance(edge, list) and len(edge) == 2:
             merged.before[str(edge[1])] = str(edge[0])
     merged.changes += [{**change, "source": source} for change in _tables(results.get("changes"))]
+    merged.students += _tables(results.get("students"))
     for item in _tables(results.get("baselines")):
         value = number(item.get("value"))
         if value is not None:

@@ -85,12 +85,12 @@ def _model_rows(stage: str, model: ModelView, found: Evaluation, cost: dict[str,
 
 def verdict(row: dict[str, Any], start: Measure | None, end: Measure) -> str:
     """better or worse if the 95 % interval of the paired change excludes 0 (without one: if the two models' own intervals do
-    not overlap); unclear if not, or if there are no intervals; unknown without a value before or without a direction."""
+    not overlap); unclear if not, for times, and if there are no intervals; unknown without a value before or a direction."""
     if start is None or row["change"] is None or end.better not in ("lower", "higher"):
         return "unknown"
     if row["change_low"] is not None and row["change_high"] is not None:
         return _verdict(row)
-    if None not in (start.low, start.high, end.low, end.high):
+    if not end.is_time and None not in (start.low, start.high, end.low, end.high):
         falls, rises = end.high < start.low, end.low > start.high  # type: ignore[operator]
     else:
         return "unclear"

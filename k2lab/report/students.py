@@ -12,7 +12,6 @@ from k2lab.report.markup import esc, section, tip
 from k2lab.report.measures import Evaluation, Measure, ModelView
 from k2lab.report.words import metric_help, metric_label
 
-_TIME_UNITS = ("ms/token", "s/token", "us/token", "seconds/token", "milliseconds/token")
 MAX_ROWS = 12
 
 
@@ -63,10 +62,10 @@ def _class(run: RunView, found: Evaluation, teacher: str, names: list[str]) -> s
     lines = [_sizes(run, columns, "active"), _sizes(run, columns, "total")]
     first = found.models.get(teacher)
     metrics = list(first.measures.values()) if first is not None else []
-    metrics.sort(key=lambda m: (m.unit not in _TIME_UNITS, not _is_overall(m), not is_ability({"metric": m.metric})))
+    metrics.sort(key=lambda m: (not m.is_time, not _is_overall(m), not is_ability({"metric": m.metric})))
     shown = 0
     for measure in metrics:
-        if measure.unit not in _TIME_UNITS and not (is_ability({"metric": measure.metric}) or _is_overall(measure)):
+        if not measure.is_time and not (is_ability({"metric": measure.metric}) or _is_overall(measure)):
             continue
         line = _measured(found, columns, measure)
         shown += bool(line)
@@ -78,7 +77,8 @@ def _class(run: RunView, found: Evaluation, teacher: str, names: list[str]) -> s
     return (
         f'{said}<table class="cards"><thead><tr><th scope="col">Teacher: {esc(teacher)}</th>'
         f'<th scope="col" class="num">Teacher</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-        '<p class="note">In brackets: the student\u2019s figure as a share of its teacher\u2019s.</p>'
+        '<p class="note">In brackets: the student\u2019s figure as a share of its teacher\u2019s. Differences from the teacher '
+        "are on the same tasks, with 95 % intervals.</p>"
     )
 
 
@@ -110,7 +110,7 @@ def _measured(found: Evaluation, columns: list[str], measure: Measure) -> str:
         return ""
     factor, unit = figures.scaled(measure.unit)
     cells = []
-    for item in own:
+    for name, item in zip(columns, own):
         if item is None:
             cells.append('<span class="unit">not measured</span>')
             continue
@@ -121,10 +121,25 @@ def _measured(found: Evaluation, columns: list[str], measure: Measure) -> str:
         if width is not None:
             low, high = (figures.fixed(bound * factor, places) for bound in (item.low, item.high) if bound is not None)
             text += f'<br><span class="fine">{low} to {high}</span>'
+        change = found.kept(columns[0], name, measure) if name != columns[0] else {}
+        if change:
+            text += f'<br><span class="fine">{_paired(change, factor, unit)}</span>'
         cells.append(text)
     name = tip(metric_label(measure.metric), metric_help(measure.metric, measure.better))
     label = f'{name} <span class="unit">{esc(unit)}</span><br><span class="fine">{esc(measure.settings)}</span>'
     return _line(label, columns, cells)
+
+
+def _paired(change: dict[str, Any], factor: float, unit: str) -> str:
+    """`-6.2 (-9.1 to -3.4) points`: student - teacher on the same items."""
+    value, low, high = (figures.number(change.get(key)) for key in ("change", "low", "high"))
+    if value is None:
+        return ""
+    places = figures.decimals(value * factor, (high - low) * factor if low is not None and high is not None else None)
+    text = figures.fixed(value * factor, places, sign=True)
+    if low is not None and high is not None:
+        text += f" ({figures.fixed(low * factor, places, sign=True)} to {figures.fixed(high * factor, places, sign=True)})"
+    return esc(f"{text} {'points' if unit == '%' else unit} against the teacher")
 
 
 def _find(model: ModelView | None, measure: Measure) -> Measure | None:
@@ -149,7 +164,7 @@ def summary(run: RunView, found: Evaluation, student: str) -> str:
     if "right" not in facts:
         return ""
     text = f"The student {student} keeps {facts['right'] * 100:.0f}{figures.THIN}% of its teacher\u2019s right answers"
-    text += f" ({facts['own'] * 100:.0f} against {facts['theirs'] * 100:.0f}{figures.THIN}%)"
+    text += f" ({facts['own'] * 100:.0f} against {facts['theirs'] * 100:.0f}{figures.THIN}%{_difference(run, found, student)})"
     costs = []
     if "active" in facts:
         costs.append(f"{facts['active'] * 100:.0f}{figures.THIN}% of the parameters at work per token")
@@ -158,9 +173,23 @@ def summary(run: RunView, found: Evaluation, student: str) -> str:
     return f"{text} with {' and '.join(costs)}." if costs else f"{text}."
 
 
+def _difference(run: RunView, found: Evaluation, student: str) -> str:
+    """`; the difference is -3.1 to +1.2 points`: the 95 % interval of right answers over all tasks, if
+    it was measured in pairs."""
+    teacher = teachers(run).get(student, "")
+    first = found.models.get(teacher)
+    overall = [m for m in (first.measures.values() if first is not None else ()) if _is_overall(m) and m.unit == "fraction"]
+    change = found.kept(teacher, student, overall[0]) if overall else {}
+    low, high = (figures.number(change.get(key)) for key in ("low", "high"))
+    if low is None or high is None:
+        return ""
+    return f"; the difference is {figures.fixed(100 * low, 1, sign=True)} to {figures.fixed(100 * high, 1, sign=True)} points"
+
+
 def kept(run: RunView, found: Evaluation, student: str) -> dict[str, float]:
-    """Shares of its teacher's figures: `right` answers (over all tasks if measured, else the mean over task families), `active`
-    parameters, `time` per token; `own` and `theirs` are the right answers themselves. What is not known is left out."""
+    """Shares of its teacher's figures: `right` answers (over the first group of all tasks if measured, else the mean over
+    task families), `active` parameters, `time` per token; `own` and `theirs` are the right answers themselves. What is not known
+    is left out."""
     teacher = teachers(run).get(student, "")
     theirs, own = found.models.get(teacher), found.models.get(student)
     shares: dict[str, float] = {}
@@ -171,12 +200,12 @@ def kept(run: RunView, found: Evaluation, student: str) -> dict[str, float]:
         return shares
     pairs = [(measure, _find(own, measure)) for measure in theirs.measures.values()]
     scores = [(a, b) for a, b in pairs if b is not None and a.unit == "fraction" and _is_right(a)]
-    overall = [(a, b) for a, b in scores if _is_overall(a)] or scores
+    overall = [(a, b) for a, b in scores if _is_overall(a)][:1] or scores
     whole, part = sum(a.value for a, _ in overall), sum(b.value for _, b in overall if b is not None)
     if whole:
         shares |= {"right": part / whole, "own": part / len(overall), "theirs": whole / len(overall)}
     for a, b in pairs:
-        if a.unit in _TIME_UNITS and b is not None and a.value:
+        if a.is_time and b is not None and a.value:
             shares["time"] = b.value / a.value
     return shares
 

@@ -84,6 +84,11 @@ _METRICS: dict[str, tuple[str, str]] = {
         "How much more the better answer\u2019s log-probability grew than the worse one\u2019s, in nats, on average. "
         "Higher is better.",
     ),
+    "decode_time": (
+        "Time per token",
+        "How long it takes to write one token when many answers are written at once. Other work on the machine makes it longer. "
+        "Lower is better.",
+    ),
     "win_rate": ("Win rate", "Share of comparisons in which the answer was preferred. Higher is better."),
     "kl": ("Distance from the reference model", "Kullback-Leibler divergence per token: how far the model moved from its start."),
     "reward": ("Reward", "Average score that the reward function gave. Higher is better."),

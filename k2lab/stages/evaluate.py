@@ -21,10 +21,14 @@ TASK_FIELDS = ("instructions", "task_data")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Stage):
-    """Bits per byte, response loss, verified tasks (avg@k, 95 % intervals) and samples; plain prompts, greedy by default."""
+    """Bits per byte, response loss, verified tasks (avg@k, 95 % intervals) and samples; plain prompts, greedy by default.
+
+    Writes `results.json`: every model beside what it was trained from, and students beside their teachers. Times go into a
+    `timings.json` of the same form: they are the one thing here that differs from run to run.
+    """
 
     kind: ClassVar[str] = "report"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     uses_model: ClassVar[bool] = True
 
     # What to measure, in the order of training; each is compared with what it was trained from.
@@ -50,6 +54,10 @@ class Evaluate(Stage):
     # Name the best of k samples, too; never shown unless asked for here.
     best_of_n: bool = False
     default_system: bool = False
+    # Measure the time that decoding takes per token: so many tokens, greedily, for each of `decode_batch` held-out prompts at
+    # once, the same for all models (0 = not measured). The median of 6 repeats; other work on the machine makes it larger.
+    decode_tokens: int = 0
+    decode_batch: int = 32
     # Prompts whose answers are shown, not scored; more from a file of {"prompt": ...} lines.
     prompts: list[str] = field(default_factory=tuple)  # type: ignore[assignment]
     prompts_jsonl: str | None = None
@@ -60,6 +68,13 @@ class Evaluate(Stage):
             raise RecipeError("name at least one model to evaluate", where=f"{where}.models")
         if len(set(self.models)) != len(self.models):
             raise RecipeError("a model is named twice", where=f"{where}.models", got=", ".join(self.models))
+        if self.decode_tokens < 0 or self.decode_tokens == 1 or self.decode_batch < 1:
+            name = "decode_batch" if self.decode_batch < 1 else "decode_tokens"
+            allowed = "1 or more" if self.decode_batch < 1 else "2 or more, or 0 for no measurement"
+            raise RecipeError("there is nothing to time", where=f"{where}.{name}", got=getattr(self, name), allowed=allowed)
+        if self.decode_tokens and self.instructions is None and not self.task_data:
+            what = "times are taken on prompts of `instructions` and `task_data`: name a data set"
+            raise RecipeError(what, where=f"{where}.decode_tokens")
         self._own_group().check(where)
         for n, group in enumerate(self.task_groups):
             group.check(f"{where}.task_groups[{n}]")
@@ -88,12 +103,13 @@ class Evaluate(Stage):
     def run(self, ctx: StageContext) -> None:
         from k2lab.eval import measured as measuring
         from k2lab.eval.results import Results
+        from k2lab.stages import _students
 
         self._note_overlap(ctx)
         subjects = list(self._subjects(ctx))
         for other in sorted({ref for group in self.task_groups for ref in group.models} - set(self.models)):
             ctx.events.emit("note", text=f"a group of tasks is for the model {other!r}, which is not measured here")
-        results = Results()
+        results, timings = Results(), Results()
         measured: dict[str, dict[str, Any]] = {}
         for number, (name, artifact, before) in enumerate(subjects):
             ctx.events.emit("progress", done=number, total=len(subjects), unit=f"models ({name})")
@@ -105,10 +121,16 @@ class Evaluate(Stage):
             measured[name] = found
             measuring.add(results, name, found["metrics"])
             results.add_samples(name, found["samples"])
+            if self.decode_tokens and artifact is not None:
+                timings.add_model(name, stage=name, label=name)
+                measuring.add(timings, name, self._times(ctx, model, tokenizer))
             if before is not None:
                 measuring.add_step(results, (before, measured[before]["metrics"]), (name, found["metrics"]))
         ctx.events.emit("progress", done=len(subjects), total=len(subjects), unit="models")
         self._baselines(ctx, results)
+        _students.compare(results, ctx.parents["models"], {name: found["metrics"] for name, found in measured.items()})
+        if timings.models:
+            timings.write(ctx.work / "timings.json")
         results.write(ctx.work / "results.json")
 
     def _subjects(self, ctx: StageContext) -> Iterator[tuple[str, Any, str | None]]:
@@ -226,6 +248,27 @@ class Evaluate(Stage):
         found, samples = _task_groups.measure(groups, records, sampler, tokenizer, ctx, default_system=self.default_system)
         measuring.merge(metrics, found)
         return samples
+
+    def _times(self, ctx: StageContext, model: Any, tokenizer: Any) -> Metrics:
+        """Seconds per generated token, on the first held-out prompts."""
+        from k2lab.eval import speed
+        from k2lab.eval.measured import Measured
+        from k2lab.gym.tasks.answered import prompt_of
+        from k2lab.sampling.local import LocalSampler
+        from k2lab.stages._task_groups import held_out_records
+        from k2lab.text.chat import render
+
+        asked = [messages for record in held_out_records(ctx, TASK_FIELDS) if (messages := prompt_of(record))]
+        chats = [list(messages) for messages in asked[: self.decode_batch]]
+        if not chats:
+            raise DataError("no held-out record asks anything: there is no prompt to time", where=f"stage.{ctx.name}")
+        prompts = [
+            render(chat, tokenizer, add_generation_prompt=True, default_system=self.default_system).tokens for chat in chats
+        ]
+        sampler = LocalSampler(model.hf, tokenizer.pad_id, len(prompts))
+        (times,) = speed.decode_times([sampler], [prompts], self.decode_tokens)
+        settings = f"greedy, {len(prompts)} answers of {self.decode_tokens} tokens at once"
+        return {"decode_time": Measured(speed.middle([1e3 * each for each in times]), "ms/token", "lower", settings, times)}
 
     def _note_overlap(self, ctx: StageContext) -> None:
         """Says how many held-out tasks of `task_data` share a canonical key with training data."""

@@ -96,3 +96,24 @@ def test_unreadable_results_are_errors(tmp_path):
     path.write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match="format"):
         results.read(path)
+
+
+def test_students_stand_beside_their_teachers(filled, tmp_path):
+    assert "students" not in filled.as_json()
+    before, after = [1, 1, 1, 0], [1, 0, 1, 0]
+    change, kept = stats.paired_change(before, after), stats.paired_share(before, after, 0, "student")
+    filled.add_student("chat", "base", (1000, None))
+    filled.add_student_change("accuracy", "temperature 0, k=1", (0.75, 0.5), change, kept)
+    filled.add_student_change("bits_per_byte", "", (2.0, 3.0), stats.paired_change([2.0], [3.0]), None)
+    filled.write(tmp_path / "results.json")
+    (pair,) = results.read(tmp_path / "results.json")["students"]
+    assert pair["active_params_non_embedding"] == {"teacher": 1000, "student": None}
+    right, bits = pair["changes"]
+    assert (right["teacher"], right["student"], right["change"]) == (0.75, 0.5, -0.25) and right["low"] < -0.25 < right["high"]
+    assert right["ratio"] == pytest.approx(2 / 3) and right["ratio_low"] <= right["ratio"] <= right["ratio_high"]
+    assert bits["ratio"] is None and bits["low"] is None
+    with pytest.raises(DataError, match="no model"):
+        filled.add_student("chat", "nobody", (1, 1))
+    broken = filled.as_json() | {"students": [{**pair, "student": "nobody", "changes": [{**right, "low": 0.0}]}]}
+    problems = results.check(broken)
+    assert len(problems) == 2 and "nobody" in problems[0] and "outside its interval" in problems[1]

@@ -182,3 +182,18 @@ def test_pass_at_k_is_the_mean_over_all_subsets_of_k():
     for k in (0, 6):
         with pytest.raises(DataError, match=f"pass@{k}"):
             stats.pass_at_k(scores_PK, k)
+
+
+def test_paired_share_is_the_part_of_a_teachers_score_that_is_kept():
+    teacher = np.array([1.0] * 60 + [0.0] * 40)
+    student = np.array([1.0] * 45 + [0.0] * 45 + [1.0] * 10)
+    found = stats.paired_share(teacher, student, 0, "student")
+    assert found.value == pytest.approx(55 / 60) and found.n == 100
+    assert 0.7 < found.low < found.value < found.high < 1.15
+    same = stats.paired_share(teacher, teacher, 0, "student")  # resampled together: no spread at all
+    assert (same.low, same.value, same.high) == (1.0, 1.0, 1.0)
+    rare = stats.paired_share([1, 0, 0, 0], [1, 1, 0, 0], 0, "student")  # many resamples miss the teacher's only point
+    assert rare.value == 2 and math.isinf(rare.high) and math.isfinite(rare.low)
+    for whole, part in (([0, 0], [0, 1]), ([1, -1], [1, 1]), ([1], [1, 1])):
+        with pytest.raises(DataError):
+            stats.paired_share(whole, part, 0, "student")

@@ -155,3 +155,59 @@ def test_plan_knows_these_stages(life):
     plan = json.loads(k2("plan", str(recipe), "--json").stdout)
     kinds = {stage["stage"]: stage["kind"] for stage in plan["stages"]}
     assert kinds["pairs"] == kinds["teacher_data"] == "sample" and kinds["dpo"] == "train"
+
+
+EVALUATE = """
+[[stage]]
+type = "evaluate"
+models = ["sft", "reasoning_sft", "distill"]
+untrained = false
+task_data = ["reasoning"]
+tasks = [{{ type = "answered", max_tokens = 6 }}]
+max_tokens = 6
+seq_len = 192
+decode_tokens = {tokens}
+decode_batch = 3
+"""
+
+
+def test_evaluation_sets_a_student_beside_its_teacher_and_times_apart(life, tmp_path):
+    recipe, run_dir = life
+    found = {}
+    for tokens in (0, 5):
+        measured = recipe.with_name(f"measured{tokens}.toml")
+        measured.write_text(recipe.read_text() + EVALUATE.format(tokens=tokens))
+        k2("run", str(measured), "--run-dir", str(run_dir), "--only", "evaluate", "--quiet")
+        newest = max((run_dir / "stages").glob("evaluate-*"), key=lambda path: path.stat().st_mtime)
+        found[tokens] = newest / "results.json"
+    # times are in a file of their own, so that everything else is the same whatever the machine does
+    assert found[0].read_bytes() == found[5].read_bytes() and not (found[0].parent / "timings.json").exists()
+    timings = json.loads((found[5].parent / "timings.json").read_text())
+    assert [model["name"] for model in timings["models"]] == ["sft", "reasoning_sft", "distill"]
+    assert all(model["metrics"][0]["metric"] == "decode_time" for model in timings["models"])
+    assert all(0 <= m["metrics"][0]["low"] <= m["metrics"][0]["value"] <= m["metrics"][0]["high"] for m in timings["models"])
+
+    results = json.loads(found[0].read_text())
+    assert ["sft", "reasoning_sft"] in results["chain"] and all("distill" not in edge for edge in results["chain"])
+    (pair,) = results["students"]
+    assert (pair["teacher"], pair["student"]) == ("reasoning_sft", "distill")
+    sizes = pair["active_params_non_embedding"]
+    assert 0 < sizes["student"] < sizes["teacher"]
+    values = {m["name"]: {x["metric"]: x["value"] for x in m["metrics"]} for m in results["models"]}
+    (right,) = [row for row in pair["changes"] if row["metric"] == "answered/avg@1"]
+    both = values["reasoning_sft"]["answered/avg@1"], values["distill"]["answered/avg@1"]
+    assert (right["teacher"], right["student"]) == both and right["change"] == pytest.approx(both[1] - both[0])
+    assert right["low"] <= right["change"] <= right["high"]
+    assert (right["ratio"] is None) == (both[0] == 0) and (both[0] == 0 or right["ratio"] == pytest.approx(both[1] / both[0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [("decode_tokens=1", "decode_tokens"), ("decode_batch=0", "decode_batch"), ("decode_tokens=-3", "to time")],
+)
+def test_times_that_cannot_be_taken_are_refused(life, settings, where):
+    recipe, run_dir = life
+    measured = recipe.with_name("refused.toml")
+    measured.write_text(recipe.read_text() + EVALUATE.format(tokens=0))
+    done = k2("run", str(measured), f"stage.evaluate.{settings}", "--run-dir", str(run_dir), "--dry-run", check=False)
+    assert done.returncode == 2 and where in done.stderr

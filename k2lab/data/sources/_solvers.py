@@ -132,6 +132,15 @@ def spell_backward(question: str) -> Solved:
     return f"spell {' '.join(word)} back {' '.join(word[::-1])}", word[::-1]
 
 
+def swap_ends(question: str) -> Solved:
+    """A short cut that works for words of three letters, and for others if what lies between their ends is the same backward:
+    the ends are swapped, "swap s u n give n u s"; as long as the trace of `spell_backward`."""
+    word = question.rsplit(": ", 1)[1]
+    if len(word) < 2 or word[1:-1] != word[-2:0:-1]:
+        raise ValueError("swapping the ends does not spell this word backward")
+    return f"swap {' '.join(word)} give {' '.join(word[::-1])}", word[::-1]
+
+
 def word_sequence_reversal(question: str) -> Solved:
     """The words as given, then from the last: "list: go acute hundred back: hundred acute go"."""
     words = question.rsplit("words: ", 1)[1].strip().split(", ")
@@ -289,13 +298,18 @@ SOLVERS: dict[str, Callable[[str], Solved]] = {
     "leg_counting": leg_counting,
 }
 
+# Short cuts that are right for some tasks of a family only; ValueError for the others.
+SHORTCUTS: dict[str, Callable[[str], Solved]] = {"spell_backward": swap_ends}
 
-def solve(family: str, question: str, answer: str) -> Solved | None:
-    """(trace, final answer) if the family has a solver, its answer is exactly `answer`, and all equations of it are true."""
-    if family not in SOLVERS:
+
+def solve(family: str, question: str, answer: str, shortcut: bool = False) -> Solved | None:
+    """(trace, final answer) if the family has a solver, its answer is exactly `answer`, and all equations of it are true;
+    by the family's `shortcut` if asked for, None where that fails."""
+    solvers = SHORTCUTS if shortcut else SOLVERS
+    if family not in solvers:
         return None
     try:
-        trace, final = SOLVERS[family](question)
+        trace, final = solvers[family](question)
     except ValueError:  # a kind of question that the solver does not work out
         return None
     return (trace, final) if trace and final == answer and not untrue_steps(trace) else None

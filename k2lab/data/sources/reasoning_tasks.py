@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from k2lab.core.errors import RecipeError
+from k2lab.core.rng import derive
 from k2lab.data.records import Record
 from k2lab.data.sources import _reasoning_tasks as shipped
-from k2lab.data.sources._solvers import solve
+from k2lab.data.sources._solvers import SHORTCUTS, Solved, solve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class ReasoningTasks:
     max_difficulty: int = 0
     offset: int = 0  # tasks passed over at the beginning of each family's level: for sets that share no task
     traces: bool = True  # give each task its worked-out solution; else the records are bare tasks
+    # Family -> how often a task is worked out by a short cut where that gives the right answer: a word spelled backward by
+    # swapping its ends, which is right for three letters (spell_backward). Every trace is right, but a model that picks the
+    # habit up fails elsewhere: data of mixed quality, whose habits preferences and rewards sort out.
+    shortcuts: dict[str, float] = field(default_factory=dict)
     name: str = "reasoning_tasks"  # begins the records' keys; give a second source of this type another
 
     def __post_init__(self) -> None:
@@ -53,6 +58,15 @@ class ReasoningTasks:
                 re.compile(pattern)
             except re.error as error:
                 raise RecipeError(f"no regular expression: {error}", where=f"matching.{family}", got=pattern) from None
+        for family, share in self.shortcuts.items():
+            if family not in SHORTCUTS or family not in {name for name, _ in chosen}:
+                raise RecipeError(
+                    "a family that is not chosen, or has no short cut",
+                    where=f"shortcuts.{family}",
+                    allowed=", ".join(SHORTCUTS),
+                )
+            if not 0 <= share <= 1:
+                raise RecipeError("a share lies between 0 and 1", where=f"shortcuts.{family}", got=share)
         for key in chosen:
             if self.traces and not shipped.LEVELS[key[0]][key[1] - 1].traced:
                 raise RecipeError(
@@ -76,7 +90,7 @@ class ReasoningTasks:
                 if not self.traces:
                     yield {"prompt": row.question, **tags}
                     continue
-                found = solve(row.family, row.question, row.answer)
+                found = self._solved(row, tags)
                 if found is None:
                     dropped += 1
                     continue
@@ -85,6 +99,12 @@ class ReasoningTasks:
             warnings.warn(f"{self.name}: {dropped} tasks without a right trace were left out", stacklevel=2)
         if short:
             warnings.warn(f"{self.name}: there are fewer tasks than asked for: {', '.join(short)}", stacklevel=2)
+
+    def _solved(self, row: shipped.Row, tags: Record) -> Solved | None:
+        drawn = derive(0, "reasoning_tasks", "shortcut", str(tags["group"])) / 2**128
+        short = drawn < self.shortcuts.get(row.family, 0.0)
+        found = solve(row.family, row.question, row.answer, shortcut=True) if short else None
+        return found or solve(row.family, row.question, row.answer)
 
     def fingerprint(self) -> str:
         """sha256 hex over the settings, the shipped tasks and the solvers."""
