@@ -1,8 +1,9 @@
 """Causal attention over packed documents, with the exact per-head maximum of its logits, registered in transformers as "k2lab".
 
 No [T, T] mask exists: long documents are cut into blocks of queries that see the keys of their own document only, short ones are
-padded into groups (padding on the right is harmless under a causal mask). The backward pass is written by hand, with the
-probabilities kept, or computed again where they would take more than `KEEP_BYTES` per layer.
+padded into groups (padding on the right is harmless under a causal mask). Documents that continue a stem (`Pack.branches`) see
+its keys through one product for all of them. The backward pass is written by hand, with the probabilities kept, or computed again
+where they would take more than `KEEP_BYTES` per layer.
 
 Legend: `B` batch, `T` packed tokens, `H` heads, `C` query and key head width, `V` value head width, `G` documents of a group,
 `P` padded length. Logits are queries x keys x scale, before softmax.
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from k2lab.models.pack import Group, Pack
+from k2lab.models.pack import Branches, Group, Pack
 
 NAME = "k2lab"
 KEEP_BYTES = 256 << 20
@@ -87,14 +88,16 @@ def _scatter(out_THC: torch.Tensor, x: torch.Tensor, group: Group) -> None:
 def attend(
     q_THC: torch.Tensor, k_THC: torch.Tensor, v_THV: torch.Tensor, scale: float, pack: Pack, stats: LogitStats | None, keep: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Attention output [T, H, V] and the probabilities of blocks, then of groups, that `attend_backward` needs (None where they
-    are not kept). Inputs need unit stride in the last axis only."""
+    """Attention output [T, H, V] and the probabilities of blocks, then of groups, then of branches, that `attend_backward` needs
+    (None where they are not kept). Inputs need unit stride in the last axis only."""
     T, H, V = v_THV.shape
     out_THV = v_THV.new_empty(T, H, V)
     kept: list[torch.Tensor | None] = []
     maxima = []
     size = q_THC.element_size() * H
     scores_bytes = sum((end - first) * (end - start) for start, first, end in pack.blocks) * size
+    branch_bytes = sum(branches.num_scores for branches in pack.branches) * size
+    keep_branches = keep and branch_bytes <= KEEP_BYTES
     keep_blocks = keep and scores_bytes <= KEEP_BYTES
     observe = stats is not None and stats.active
     for start, first, end in pack.blocks:
@@ -111,6 +114,13 @@ def attend(
         probs = _probabilities(scores)
         _scatter(out_THV, torch.bmm(probs, _gathered(v_THV, group)), group)
         kept.append(probs if keep else None)
+    for branches in pack.branches:
+        scores = _branch_scores(_by_head(q_THC, branches.queries), _by_head(k_THC, branches.keys), k_THC, scale, branches)
+        if observe:
+            maxima.append(scores.amax((1, 2)))
+        probs = _probabilities(scores)
+        _write_branches(out_THV, _branch_values(probs, _by_head(v_THV, branches.keys), v_THV, branches), branches.queries)
+        kept.append(probs if keep_branches else None)
     if observe:
         stats.see(torch.stack(maxima).amax(0).float())
     return out_THV, kept
@@ -151,6 +161,9 @@ def attend_backward(
         _scatter(grad_q, torch.bmm(grad_s, k).mul_(scale), group)
         _scatter(grad_k, torch.bmm(grad_s.transpose(1, 2), q).mul_(scale), group)
         _scatter(grad_v_THV, torch.bmm(probs.transpose(1, 2), grad), group)
+    # the stems' own gradients are there by now: branches add to them
+    for branches, probs in zip(pack.branches, kept[len(pack.blocks) + len(pack.small_groups) :]):
+        _branches_backward(grad_THV, q_THC, k_THC, v_THV, scale, branches, probs, (grad_q, grad_k, grad_v_THV))
     return grad_q, grad_k
 
 
@@ -165,6 +178,79 @@ def _gathered_gradient(grad_THV: torch.Tensor, group: Group) -> torch.Tensor:
     grad = grad_THV.new_zeros(count * padded, H, V)
     grad.index_copy_(0, group.valid, grad_THV.index_select(0, group.tokens))
     return grad.view(count, padded, H, V).transpose(1, 2).reshape(count * H, padded, V)
+
+
+# Branches: x [H, G P, C] holds all branches of a stem; the same memory as [H G, P, C] holds each by itself. Scores are
+# [H, G P, stem + keys], so one softmax goes over a branch's stem and its own tokens.
+
+
+def _by_head(x_THC: torch.Tensor, group: Group) -> torch.Tensor:
+    """[H, G P, C] of a group."""
+    return x_THC.index_select(0, group.rows.flatten()).transpose(0, 1).contiguous()
+
+
+def _each(x: torch.Tensor, branches: Branches) -> torch.Tensor:
+    """[H, G P, *] as [H G, P, *], a view."""
+    return x.view(len(x) * len(branches.queries.rows), -1, x.shape[2])
+
+
+def _write_branches(out_THC: torch.Tensor, x: torch.Tensor, group: Group, add: bool = False) -> None:
+    """Writes the real places of x [H, G P, C] into `out_THC`, or adds them."""
+    places = x.transpose(0, 1).contiguous().index_select(0, group.valid)
+    if add:
+        out_THC.index_add_(0, group.tokens, places)
+    else:
+        out_THC.index_copy_(0, group.tokens, places)
+
+
+def _branch_scores(q: torch.Tensor, k: torch.Tensor, k_THC: torch.Tensor, scale: float, branches: Branches) -> torch.Tensor:
+    """Logits [H, G P, stem + keys] of queries and keys [H, G P, C] of branches."""
+    stem_HCP = k_THC[branches.start : branches.end].permute(1, 2, 0)
+    by_stem = torch.baddbmm(q.new_empty(1), q, stem_HCP, beta=0, alpha=scale)
+    own = _scores(_each(q, branches), _each(k, branches), scale)
+    return torch.cat([by_stem, own.view(*q.shape[:2], -1)], dim=-1)
+
+
+def _branch_values(probs: torch.Tensor, v: torch.Tensor, v_THV: torch.Tensor, branches: Branches) -> torch.Tensor:
+    """Outputs [H, G P, V]: probabilities x values of the stem and of the branch."""
+    stem = branches.end - branches.start
+    out = torch.bmm(probs[..., :stem], v_THV[branches.start : branches.end].transpose(0, 1))
+    _write(_each(out, branches), _each(probs, branches)[..., stem:], _each(v, branches), 1.0, add=True)
+    return out
+
+
+def _branches_backward(
+    grad_THV: torch.Tensor,
+    q_THC: torch.Tensor,
+    k_THC: torch.Tensor,
+    v_THV: torch.Tensor,
+    scale: float,
+    branches: Branches,
+    probs: torch.Tensor | None,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Gradients of a block: into `into` (q, k, v) it writes those of its queries and, as the first block, of its keys and values;
+    a later block adds to keys and values, and each adds to the stem's."""
+    queries, keys, tokens = branches.queries, branches.keys, slice(branches.start, branches.end)
+    stem = branches.end - branches.start
+    q, k, v = _by_head(q_THC, queries), _by_head(k_THC, keys), _by_head(v_THV, keys)
+    if probs is None:
+        probs = _probabilities(_branch_scores(q, k, k_THC, scale, branches))
+    grad = grad_THV.new_zeros(queries.rows.numel(), *grad_THV.shape[1:])
+    grad = grad.index_copy_(0, queries.valid, grad_THV.index_select(0, queries.tokens)).transpose(0, 1).contiguous()
+    grad_own = torch.bmm(_each(grad, branches), _each(v, branches).transpose(1, 2)).view(*q.shape[:2], -1)
+    grad_s = torch.cat([torch.bmm(grad, v_THV[tokens].permute(1, 2, 0)), grad_own], dim=-1)
+    grad_s = torch._softmax_backward_data(grad_s, probs, -1, probs.dtype)
+    by_stem, own, own_probs = grad_s[..., :stem], _each(grad_s, branches)[..., stem:], _each(probs, branches)[..., stem:]
+    grad_q, grad_k, grad_v = into
+    of_q = torch.bmm(by_stem, k_THC[tokens].transpose(0, 1))
+    _write(_each(of_q, branches), own, _each(k, branches), 1.0, add=True)
+    of_k, of_v = torch.bmm(own.transpose(1, 2), _each(q, branches)), torch.bmm(own_probs.transpose(1, 2), _each(grad, branches))
+    _write_branches(grad_q, of_q.mul_(scale), queries)
+    _write_branches(grad_k, of_k.mul_(scale).view(k.shape), keys, add=not branches.first)
+    _write_branches(grad_v, of_v.view(v.shape), keys, add=not branches.first)
+    grad_k[tokens] += torch.bmm(by_stem.transpose(1, 2), q).mul_(scale).transpose(0, 1)
+    grad_v[tokens] += torch.bmm(probs[..., :stem].transpose(1, 2), grad).transpose(0, 1)
 
 
 class PackedAttention(torch.autograd.Function):
@@ -193,6 +279,7 @@ def attend_on_device(
 ) -> torch.Tensor:
     """Attention output [T, H, V] through scaled_dot_product_attention on documents grouped by padded length."""
     T, H, V = v_THV.shape
+    assert not pack.parents, "branches are for the CPU"
     out_THV = v_THV.new_empty(T, H, V)
     for group in pack.all_groups:
         shape = (*group.rows.shape, H, -1)

@@ -16,6 +16,8 @@ import torch
 SMALL = 64
 # Queries per block of a long document: blocks below the diagonal are never computed, so smaller blocks save work.
 BLOCK = 128
+# Scores per head of branches that are done together.
+SCORES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,47 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Branches:
+    """A block of queries of documents that continue the document `start .. end`, their stem, with the keys that these see in
+    their own documents; the last queries and keys are the same tokens. `first` is True if no block of these documents comes
+    before: a document's last block does, which sees all its keys."""
+
+    start: int
+    end: int
+    queries: Group
+    keys: Group
+    first: bool
+
+    @property
+    def num_scores(self) -> int:
+        """Scores per head."""
+        return self.queries.rows.numel() * (self.end - self.start + self.keys.rows.shape[1])
+
+
+@dataclass(frozen=True)
 class Pack:
-    """Document boundaries of `num_tokens` packed tokens: `starts[i] .. starts[i + 1]` is document i. On `device`."""
+    """Document boundaries of `num_tokens` packed tokens: `starts[i] .. starts[i + 1]` is document i. On `device`.
+
+    `parents` is empty, or names the document that each document continues (its stem), -1 for none: tokens of such a branch see
+    the whole stem and what is before them in the branch. Only attention on the CPU knows branches.
+    """
 
     starts: tuple[int, ...]
     device: torch.device
+    parents: tuple[int, ...] = ()
 
     @staticmethod
-    def of(starts_S1: Any, device: torch.device | str) -> Pack:
-        """From a Batch's `starts_S1` (tensor, array or list). Empty documents are dropped."""
+    def of(starts_S1: Any, device: torch.device | str, parent_S: Any = None) -> Pack:
+        """From a Batch's `starts_S1` (tensor, array or list). Empty documents are dropped, without branches."""
         values = starts_S1.tolist() if hasattr(starts_S1, "tolist") else list(starts_S1)
         kept = values[:1] + [end for start, end in zip(values, values[1:]) if end > start]
         assert kept and kept[0] == 0, "starts_S1 begins with 0"
-        return Pack(tuple(kept), torch.device(device))
+        if parent_S is None:
+            return Pack(tuple(kept), torch.device(device))
+        parents = tuple(int(parent) for parent in parent_S)
+        assert len(kept) == len(values) == len(parents) + 1, "no document is empty, and each has a parent or -1"
+        assert all(parents[parent] < 0 for parent in parents if parent >= 0), "a stem continues nothing"
+        return Pack(tuple(kept), torch.device(device), parents)
 
     @staticmethod
     def rows(batch: int, length: int, device: torch.device | str) -> Pack:
@@ -62,8 +92,8 @@ class Pack:
         """(document start, first query, end of queries) of the blocks of long documents, each document's last block first:
         that one sees all its keys and can write their gradients where later blocks add."""
         found = []
-        for start, end in zip(self.starts, self.starts[1:]):
-            if end - start > SMALL:
+        for n, (start, end) in enumerate(zip(self.starts, self.starts[1:])):
+            if end - start > SMALL and not self._continues(n):
                 firsts = range(start, end, BLOCK)
                 found.extend((start, first, min(first + BLOCK, end)) for first in reversed(firsts))
         return tuple(found)
@@ -72,6 +102,34 @@ class Pack:
     def small_groups(self) -> tuple[Group, ...]:
         """Documents of up to SMALL tokens, grouped by length rounded up to a multiple of 16."""
         return self._grouped({16 * n: 16 * n for n in range(1, SMALL // 16 + 1)})
+
+    def _continues(self, document: int) -> bool:
+        return bool(self.parents) and self.parents[document] >= 0
+
+    @cached_property
+    def branches(self) -> tuple[Branches, ...]:
+        """Documents that continue a stem, by stem; their stems are among `blocks` and `small_groups`, as any document."""
+        found = []
+        for stem in sorted({parent for parent in self.parents if parent >= 0}):
+            chosen = [n for n, parent in enumerate(self.parents) if parent == stem]
+            longest = max(self.lengths[n] for n in chosen)
+            block = -(-longest // max(1, round(longest / BLOCK)))
+            together = max(1, SCORES // (block * (longest + self.lengths[stem])))
+            for one in range(0, len(chosen), together):
+                documents = chosen[one : one + together]
+                for first in reversed(range(0, longest, block)):
+                    end = min(first + block, longest)
+                    queries, keys = self._group(documents, end, first), self._group(documents, end)
+                    found.append(Branches(self.starts[stem], self.starts[stem + 1], queries, keys, end == longest))
+        return tuple(found)
+
+    @cached_property
+    def times_T(self) -> torch.Tensor | None:
+        """i64[T] how often each token would be there if every branch had its own copy of its stem; None if there are none."""
+        if not self.parents:
+            return None
+        uses = [max(1, self.parents.count(n)) for n in range(len(self.lengths))]
+        return torch.tensor(uses, device=self.device).repeat_interleave(torch.tensor(self.lengths, device=self.device))
 
     @cached_property
     def all_groups(self) -> tuple[Group, ...]:
@@ -88,16 +146,17 @@ class Pack:
         groups: list[Group] = []
         low = 0
         for limit, padded in limits.items():
-            chosen = [n for n, length in enumerate(self.lengths) if low < length <= limit]
+            chosen = [n for n, length in enumerate(self.lengths) if low < length <= limit and not self._continues(n)]
             low = limit
             if chosen:
                 groups.append(self._group(chosen, padded))
         return tuple(groups)
 
-    def _group(self, documents: Sequence[int], padded: int) -> Group:
+    def _group(self, documents: Sequence[int], padded: int, first: int = 0) -> Group:
+        """Places `first` to `padded` of the documents."""
         starts = torch.tensor([self.starts[n] for n in documents], device=self.device)[:, None]
         lengths = torch.tensor([self.lengths[n] for n in documents], device=self.device)[:, None]
-        place = torch.arange(padded, device=self.device)[None]
+        place = torch.arange(first, padded, device=self.device)[None]
         rows = starts + torch.minimum(place, lengths - 1)
         valid = (place < lengths).flatten().nonzero()[:, 0]
         return Group(rows, valid, rows.flatten()[valid])

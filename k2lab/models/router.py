@@ -18,7 +18,8 @@ from k2lab.core.errors import RecipeError
 class CountingRouter(torch.nn.Module):
     """Mixed into transformers' sigmoid top-k routers by `swap`. The same choice and weights, without the group arithmetic where
     there is one group. Counts tokens per expert in `k2_counts` i64[E] while `k2_counting` is set (inside `TrainModel.hidden` in
-    training only, so that recomputed layers, evaluation and decoding do not count)."""
+    training only, so that recomputed layers, evaluation and decoding do not count); a token counts `k2_times` i64[T] times, so
+    that a shared beginning weighs as much as its copies would (None: once)."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.num_group != 1:
@@ -35,7 +36,8 @@ class CountingRouter(torch.nn.Module):
                 weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
             weights_TK = weights_TK * self.routed_scaling_factor
         if self.k2_counting:
-            self.k2_counts += torch.bincount(chosen_TK.flatten(), minlength=self.num_experts)
+            times = None if self.k2_times is None else self.k2_times.repeat_interleave(self.top_k).double()
+            self.k2_counts += torch.bincount(chosen_TK.flatten(), times, minlength=self.num_experts).long()
         return logits_TE, weights_TK, chosen_TK
 
 

@@ -54,7 +54,7 @@ def swap(model: torch.nn.Module) -> torch.nn.Module:
         if part is FastMLA:
             module.k2_stats = LogitStats()
         elif part is CountingRouter:
-            module.k2_counting = False
+            module.k2_counting, module.k2_times = False, None
             counts = torch.zeros(module.num_experts, dtype=torch.int64, device=module.weight.device)
             module.register_buffer("k2_counts", counts, persistent=False)
     return model

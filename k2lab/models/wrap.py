@@ -81,6 +81,13 @@ class TrainModel:
             for layer in self.spec.layers_of("mla")
         ]
 
+    @property
+    def shares_stems(self) -> bool:
+        """True if packs may hold branches (`data.branches`): every layer is softmax attention, on the CPU. A recurrent layer or a
+        short convolution would have to hand its state from the stem to each branch, and PyTorch's kernels on other devices know
+        no branches; their packs hold a copy of the beginning in every document."""
+        return self.device.type == "cpu" and not self.spec.layers_of("kda")
+
     # ------------------------------------------------------------ modes
 
     def train(self, mode: bool = True) -> TrainModel:
@@ -116,13 +123,16 @@ class TrainModel:
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Hidden states after the final norm, [T, D]. Documents of the pack do not see each other in any layer.
 
-        In training (and with gradients enabled) tokens per expert are counted and maximum logits observed, once per call.
+        In training (and with gradients enabled) tokens per expert are counted and maximum logits observed, once per call. A batch
+        whose documents continue others (`parent_S`) is for models with `shares_stems` only.
         """
         device = self.device
         tokens_T = torch.as_tensor(batch.tokens_T, device=device).long()
         positions_T = torch.as_tensor(batch.positions_T, device=device).long()
-        pack = Pack.of(batch.starts_S1, device)
-        with self._observing(self.training and torch.is_grad_enabled()):
+        parent_S = getattr(batch, "parent_S", None)
+        assert parent_S is None or self.shares_stems, "this model needs a copy of the beginning in every document"
+        pack = Pack.of(batch.starts_S1, device, parent_S)
+        with self._observing(self.training and torch.is_grad_enabled(), pack.times_T):
             out = self.hf.base_model(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, k2_pack=pack)
         return out.last_hidden_state[0]
 
@@ -131,20 +141,20 @@ class TrainModel:
         return self.hf.get_output_embeddings().weight
 
     @contextmanager
-    def _observing(self, on: bool) -> Iterator[None]:
+    def _observing(self, on: bool, times_T: torch.Tensor | None) -> Iterator[None]:
         token = attention.packing.set(True)
-        self._set_observing(on)
+        self._set_observing(on, times_T)
         try:
             yield
         finally:
             attention.packing.reset(token)
             self._set_observing(False)
 
-    def _set_observing(self, on: bool) -> None:
+    def _set_observing(self, on: bool, times_T: torch.Tensor | None = None) -> None:
         for stats in self._stats.values():
             stats.active = on
         for router in self._routers.values():
-            router.k2_counting = on
+            router.k2_counting, router.k2_times = on, times_T
 
     # ------------------------------------------------------------ observations
 

@@ -3,7 +3,8 @@
 Everything that it gives is a function of the weights, the seed, the step and its cursor, so a killed run that comes back to a
 checkpoint draws the same rollouts again. Tasks follow one global order and are dealt to ranks; a task's group stays on one rank,
 because its statistics do. Which rollouts share a sampler's batch depends on the number of ranks and moves log-probabilities by
-rounding; draws do not depend on it.
+rounding; draws do not depend on it. In an update the responses of a group share one copy of their prompt if the model can
+(`data.branches`); else each has its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from k2lab.core.rng import rng
 from k2lab.core.types import Batch, Group, Rollout, Sample, SampleParams, StopReason
+from k2lab.data.branches import branched, continues, stem_length
 from k2lab.data.pack import pack
 from k2lab.data.samples import ptx_sample, rl_sample
 from k2lab.dist import mesh
@@ -143,6 +145,7 @@ class RolloutFeed:
         self.tasks, self.tokenizer, self.settings, self.ptx = tasks, tokenizer, settings, ptx
         self.rank, self.world, self.note, self.begun = rank, world, note, begun
         self.sampler: Any = None
+        self.shares_stems = False  # the model attends from the responses of a group to one copy of their prompt
         self._step = self._position = 0
         self._held: Drawn | None = None  # drawn ahead, of all ranks
         self._facts: dict[str, float] = {}
@@ -154,6 +157,7 @@ class RolloutFeed:
         from k2lab.sampling.local import LocalSampler
 
         self.sampler = LocalSampler(model.hf, self.tokenizer.pad_id, self.settings.sample_batch, eos_id=self.tokenizer.im_end_id)
+        self.shares_stems = model.shares_stems
 
     # ------------------------------------------------------------ the Feed protocol
 
@@ -307,21 +311,24 @@ class RolloutFeed:
     # ------------------------------------------------------------ packs and facts
 
     def _packed(self, samples: list[Sample]) -> list[Batch]:
-        """Samples in order as packs of at most `tokens_per_batch` tokens; a rank without any takes part with a pack that counts
-        nothing, because sums go over all ranks."""
+        """Samples in order as packs of at most `tokens_per_batch` tokens, where neighbours share their prompt if the model can; a
+        rank without any takes part with a pack that counts nothing, because sums go over all ranks."""
         packs: list[list[Sample]] = []
         size = 0
         for sample in samples:
-            if not packs or size + len(sample.tokens) > self.settings.tokens_per_batch:
+            length = len(sample.tokens)
+            if packs and self.shares_stems and continues(sample, packs[-1][-1]):
+                length -= stem_length(sample)
+            if not packs or size + length > self.settings.tokens_per_batch:
                 packs.append([])
-                size = 0
+                size, length = 0, len(sample.tokens)
             packs[-1].append(sample)
-            size += len(sample.tokens)
+            size += length
         if not packs:
             nothing = np.zeros(2, np.float32)
             idle = Sample(np.full(2, self.tokenizer.pad_id, np.int32), nothing, "idle", streams={"logprobs": nothing})
             packs = [[rl_sample(idle, 0.0)]]
-        return [pack(each) for each in packs]
+        return [branched(each) if self.shares_stems else pack(each) for each in packs]
 
     def _totals(self, drawn: Drawn, seconds: float) -> dict[str, float]:
         import torch

@@ -26,7 +26,7 @@ class Rl(FineTuning):
     are about it. Rollouts with an error (a reward that raises, say) are left out, counted and reported.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     uses_model: ClassVar[bool] = False
     # A step's rows follow from its rollouts, its length from `steps`; there is no held-out loss to watch.
     global_batch: ClassVar[int] = 0

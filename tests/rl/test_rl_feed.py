@@ -1,5 +1,6 @@
 """The feed on a scripted sampler: what a task gets does not depend on others, and nothing is lost by stopping."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -119,6 +120,34 @@ def test_micro_batches_hold_whole_samples_and_few_enough_tokens():
     assert len(batches) > 2
     assert all(len(batch.tokens_T) <= 20 for batch in batches)
     assert len(keys(batches)) == 8
+
+
+def test_responses_share_their_prompt_where_the_model_can():
+    def taken(shares, **changes):
+        asked = [(Message.text("user", "pq" * 6 + "r" * n),) for n in range(4)]
+        long = [dataclasses.replace(task, messages=messages) for task, messages in zip(tasks(4), asked)]
+        feed = made(given=long, tasks_per_step=4, **changes)
+        feed.shares_stems = shares
+        return feed.take()
+
+    def trained(batches):
+        found = {}
+        for batch in batches:
+            for s, key in enumerate(batch.keys):
+                part = slice(batch.starts_S1[s], batch.starts_S1[s + 1])
+                rows = np.flatnonzero(batch.weight_T[part]) + part.start
+                if len(rows):
+                    arrays = (batch.targets_T, batch.positions_T, batch.tokens_T, *batch.streams_T.values())
+                    found[key] = [array[rows].tolist() for array in arrays]
+        return found
+
+    copies, (shared,) = taken(False, tokens_per_batch=1000), taken(True, tokens_per_batch=1000)
+    assert trained([shared]) == trained(copies) and len(trained(copies)) == 16
+    # contexts of 12, 13, 14 and 15 tokens, all but the last of each once instead of four times
+    assert sum(len(batch.tokens_T) for batch in copies) - len(shared.tokens_T) == 3 * (11 + 12 + 13 + 14)
+    small = taken(True, tokens_per_batch=35)
+    assert len(small) > 1 and all(len(batch.tokens_T) <= 35 for batch in small)
+    assert trained(small) == trained(copies)
 
 
 def test_every_task_comes_once_per_pass_and_later_passes_draw_anew():

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from small_life import REWARD
 from small_run import WORDS, k2, weights_of, write
@@ -122,7 +123,7 @@ def test_killed_and_resumed_equals_never_interrupted(finished, lag, tmp_path):
         for path in (run_dir / "stages").iterdir():
             if not path.name.startswith("rl-"):
                 (tmp_path / name / "stages" / path.name).symlink_to(path)
-    k2("run", str(recipe), *arguments, "--run-dir", str(tmp_path / "whole"), "--quiet")
+    forked.finish("run", recipe, *arguments, "--run-dir", tmp_path / "whole", "--quiet")
     draw = rng(int(time.time()), "kills")
     kills = 0
     for step in (0, int(draw.integers(1, 6)), 5):
@@ -132,7 +133,7 @@ def test_killed_and_resumed_equals_never_interrupted(finished, lag, tmp_path):
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
     assert kills >= 2
-    k2("run", str(recipe), *arguments, "--run-dir", str(tmp_path / "killed"), "--quiet")
+    forked.finish("run", recipe, *arguments, "--run-dir", tmp_path / "killed", "--quiet")
     assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole")
     whole, killed = steps_of(tmp_path / "whole"), steps_of(tmp_path / "killed")
     assert [(e["step"], e["losses"], e["metrics"]) for e in whole] == [(e["step"], e["losses"], e["metrics"]) for e in killed]
