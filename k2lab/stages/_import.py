@@ -12,18 +12,14 @@ from typing import Any
 from k2lab.core.artifacts import write_json
 from k2lab.text import layout
 
-# What a new chat token begins like: the ChatML token of the same use, so that `<|im_user|>user<|im_middle|>` looks like
-# `<|im_start|>user\n` to a model that was trained on ChatML. It begins shorter: what a token means lies in the direction, since
-# layers normalise, while a head tied to the embedding would otherwise say the new token as readily as the old one.
-CHATML = "<|im_start|>"
-SHORTER = 0.7
-LIKE = {
-    layout.IM_USER: CHATML,
-    layout.IM_ASSISTANT: CHATML,
-    layout.IM_SYSTEM: CHATML,
-    layout.IM_MIDDLE: "\n",
-    layout.IM_END: "<|im_end|>",
-}
+# What the new tokens of a turn's head begin like: a newline, so that `<|im_end|><|im_assistant|>assistant<|im_middle|>` looks
+# like `<|im_end|>\nassistant\n` to a model that was trained on ChatML. There a newline follows the turn's end, and by that such a
+# model goes: its `<|im_start|>` and `<|im_end|>` may be almost one vector, and right behind an `<|im_end|>` it ends the next turn
+# at once. They begin shorter: what a token means lies in the direction, since layers normalise, while a head tied to the
+# embedding would otherwise say the new token as readily as the old one.
+NEWLINE = "\n"
+SHORTER = 0.5
+LIKE_NEWLINE = (layout.IM_USER, layout.IM_ASSISTANT, layout.IM_SYSTEM, layout.IM_MIDDLE)
 
 
 def import_gguf(path: Path, work: Path, chat_tokens: bool, dtype: Any = None) -> dict[str, Any]:
@@ -97,7 +93,8 @@ def _finish(
 def add_chat_tokens(spec: dict[str, Any], settings: dict[str, Any], state: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """Adds those of Kimi's chat tokens that the vocabulary lacks to a tokenizer.json, and rows for them to embedding and head.
 
-    A row begins as that of the token in `LIKE`, shorter, or as the mean of all rows. Changes its arguments; the names added.
+    A row of `LIKE_NEWLINE` begins as that of the newline, shorter, others as the mean of all rows. Changes its arguments;
+    the names added.
     """
     import torch
 
@@ -108,16 +105,13 @@ def add_chat_tokens(spec: dict[str, Any], settings: dict[str, Any], state: dict[
     missing = [name for name in (*layout.CHAT_TOKENS, layout.THINK, layout.THINK_END) if name not in have]
     tables = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in state]
     first = max(have.values()) + 1
-    newline = have.get(layout.to_chars(b"\n"))
+    newline = have.get(layout.to_chars(NEWLINE.encode()))
     for name in tables:
         rows_WD = state[name]
         # rows behind the last token are padding, and never were trained
         mean_D = rows_WD[:first].double().mean(0).to(rows_WD.dtype)
-        fresh = []
-        for token in missing:
-            like = LIKE.get(token)
-            place = newline if like == "\n" else have.get(like) if like else None
-            fresh.append(SHORTER * rows_WD[place] if place is not None else mean_D)
+        newline_D = SHORTER * rows_WD[newline] if newline is not None else mean_D
+        fresh = [newline_D if token in LIKE_NEWLINE else mean_D for token in missing]
         state[name] = torch.cat([rows_WD[:first], torch.stack(fresh)]) if fresh else rows_WD
     for place, token in enumerate(missing, start=first):
         special = token not in layout.VISIBLE

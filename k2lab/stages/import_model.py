@@ -15,12 +15,12 @@ from k2lab.core.types import PlanInput
 class ImportModel(Stage):
     """Take over a Llama- or Qwen2-shaped model: a package's GGUF file, your own, or a directory with safetensors.
 
-    Kimi's chat tokens are added to the vocabulary where it lacks them, each beginning as the
-    ChatML token of the same use, so that the model can chat at once and every later stage reads it like any other.
+    Kimi's chat tokens are added to the vocabulary where it lacks them, those of a turn's head beginning like a newline,
+    so that a model trained on ChatML can chat at once and every later stage reads it like any other.
     """
 
     kind: ClassVar[str] = "checkpoint"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     # The import name of an installed package that holds a model, and what to give to pip if it is missing.
     package: str | None = None

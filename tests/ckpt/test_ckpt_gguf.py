@@ -7,45 +7,13 @@ import struct
 import numpy as np
 import pytest
 import torch
+from made_up_gguf import TOKENS, make, metadata_of, tensors_of, write
 
-from k2lab import specs
 from k2lab.ckpt import gguf
 from k2lab.core.errors import CheckpointError
 from k2lab.models import build
-from k2lab.stages._import import import_folder, import_gguf
-from k2lab.text import layout
+from k2lab.stages._import import SHORTER, add_chat_tokens, import_folder, import_gguf
 from k2lab.text import tokenizer as text_tokenizer
-
-TYPE_OF = {label: (kind, values, size) for kind, (label, values, size) in gguf.TYPES.items()}
-TYPE_OF["Q6_K"] = (14, 256, 210)  # not read here
-
-
-def text(value):
-    return struct.pack("<Q", len(value.encode())) + value.encode()
-
-
-def entry(value):
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + text(value)
-    if isinstance(value, list):
-        if isinstance(value[0], str):
-            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
-        return struct.pack("<IIQ", 9, 5, len(value)) + struct.pack(f"<{len(value)}i", *value)
-    return struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value)
-
-
-def write(path, metadata, tensors):
-    """`tensors` {name: (type, shape, raw bytes)}."""
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
-    head += b"".join(text(key) + entry(value) for key, value in metadata.items())
-    data, offset = b"", 0
-    for name, (kind, shape, raw) in tensors.items():
-        head += text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *reversed(shape))
-        head += struct.pack("<IQ", TYPE_OF[kind][0], offset)
-        data += raw + b"\0" * (-len(raw) % 32)
-        offset = len(data)
-    path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
-    return path
 
 
 def half(*values):
@@ -73,66 +41,6 @@ def test_blocks_are_decoded_by_hand(tmp_path):
         np.testing.assert_array_equal(file.read(name), expected[None].astype(np.float32), err_msg=name)
 
 
-def metadata_of(spec, tokens, kind):
-    return {
-        "general.architecture": kind,
-        f"{kind}.block_count": spec.num_layers,
-        f"{kind}.context_length": spec.max_position_embeddings,
-        f"{kind}.embedding_length": spec.hidden_size,
-        f"{kind}.feed_forward_length": spec.intermediate_size,
-        f"{kind}.attention.head_count": spec.num_attention_heads,
-        f"{kind}.attention.head_count_kv": spec.num_kv_heads,
-        f"{kind}.rope.freq_base": spec.rope_theta,
-        f"{kind}.attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
-        "tokenizer.ggml.merges": ["t h", "th e"],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.padding_token_id": 2,
-    }
-
-
-def tensors_of(model, kind):
-    """A model's weights under llama.cpp's names; Llama's queries and keys with each rotary pair side by side."""
-    back = {ours: theirs for theirs, ours in gguf._LAYER_NAMES.items()}
-    whole = {ours: theirs for theirs, ours in gguf._NAMES.items()}
-    found = {}
-    for name, tensor in model.state().items():
-        value = tensor.numpy()
-        if name in whole:
-            found[whole[name]] = value
-            continue
-        _, _, layer, *middle, last = name.split(".")
-        part = back[".".join(middle)]
-        if kind == "llama" and part in ("attn_q", "attn_k"):
-            heads = model.spec.num_attention_heads if part == "attn_q" else model.spec.num_kv_heads
-            value = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-        found[f"blk.{layer}.{part}.{last}"] = value
-    return {name: ("F32", value.shape, value.astype("<f4").tobytes()) for name, value in found.items()}
-
-
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *layout.byte_to_char(), "th", "the"]
-
-
-def make(tmp_path, kind):
-    spec = specs.get("tiny-qwen2").replace(
-        vocab_size=len(TOKENS),
-        hidden_size=64,
-        intermediate_size=96,
-        attention_bias=kind == "qwen2",
-        local_heads=(),
-        tie_word_embeddings=kind == "llama",
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    model = build.from_spec(spec, seed=5)
-    return model, write(tmp_path / f"{kind}.gguf", metadata_of(spec, TOKENS, kind), tensors_of(model, kind))
-
-
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_import_gives_back_the_model_with_chat_tokens_behind_its_vocabulary(tmp_path, kind):
     model, path = make(tmp_path, kind)
@@ -144,15 +52,33 @@ def test_import_gives_back_the_model_with_chat_tokens_behind_its_vocabulary(tmp_
     assert facts["added_tokens"] and found.vocab_size == tokenizer.vocab_size == old + len(facts["added_tokens"])
     for name, tensor in model.state().items():
         assert torch.equal(found.state()[name][: len(tensor)], tensor), name
-    rows, start, newline = found.state()["model.embed_tokens.weight"], TOKENS.index("<|im_start|>"), TOKENS.index("Ċ")
-    assert torch.equal(rows[tokenizer.special_id("<|im_user|>")], rows[start])
-    assert torch.equal(rows[tokenizer.special_id("<|im_middle|>")], rows[newline])
+    rows, newline = found.state()["model.embed_tokens.weight"], TOKENS.index("Ċ")
+    for token in ("<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>"):
+        assert torch.equal(rows[tokenizer.special_id(token)], SHORTER * rows[newline]), token
     torch.testing.assert_close(rows[tokenizer.special_id("<think>")], rows[:old].mean(0))
     assert tokenizer.im_end_id == 2 and tokenizer.encode("the 12") == [TOKENS.index(t) for t in ("the", "Ġ", "1", "2")]
     tokens = torch.tensor([[5, 9, 30, 2, 77]])
     with torch.no_grad():
         expected, got = (m.eval().hf(tokens).logits[..., :old] for m in (model, found))
     torch.testing.assert_close(got, expected)
+    with torch.no_grad():  # wherever the model would say a newline (a positive logit), it says what begins like one less readily
+        logits = found.eval().hf(torch.arange(old)[None]).logits[0]
+    likely = logits[:, newline] > 0.01
+    assert likely.any() and (logits[likely, tokenizer.special_id("<|im_user|>")] < logits[likely, newline]).all()
+
+
+def test_new_tokens_take_the_place_of_rows_that_only_pad_the_vocabulary():
+    spec = {"model": {"vocab": {"a": 0, "Ċ": 1}}, "added_tokens": [{"content": "<|im_end|>", "id": 2}]}
+    rows = torch.tensor([[1.0, 3.0], [2.0, 4.0], [3.0, 5.0], [9e9, 9e9], [9e9, 9e9]])
+    state, config, settings = {"model.embed_tokens.weight": rows}, {"vocab_size": 5}, {"eos_token": "<|im_end|>"}
+    added = add_chat_tokens(spec, settings, state, config)
+    assert "<|im_end|>" not in added and config["vocab_size"] == 3 + len(added) == len(state["model.embed_tokens.weight"])
+    ids = {entry["content"]: entry["id"] for entry in spec["added_tokens"]}
+    assert [ids[name] for name in added] == list(range(3, 3 + len(added)))
+    found = state["model.embed_tokens.weight"]
+    assert torch.equal(found[:3], rows[:3]) and torch.equal(found[ids["<|im_middle|>"]], SHORTER * rows[1])
+    assert torch.equal(found[ids["<think>"]], torch.tensor([2.0, 4.0]))  # the mean of trained rows
+    assert settings["pad_token"] == "<|im_end|>"
 
 
 def test_a_folder_gets_chat_tokens_too_and_may_be_stored_as_bf16(tmp_path):

@@ -65,7 +65,7 @@ def test_sample_longer_than_the_limit_names_the_sample(tmp_path):
     with (tmp_path / "data" / "chats.jsonl").open("a") as file:
         for n in range(20):  # enough for some to fall into the training part
             file.write(json.dumps({"instruction": f"Say it {n}", "output": "again and " * 400}) + "\n")
-    arguments = ["run", str(recipe), "--quiet", "--run-dir", str(tmp_path / "run")]
+    arguments = ["run", str(recipe), "stage.pretrain.steps=2", "--quiet", "--run-dir", str(tmp_path / "run")]
     done = k2(*arguments, check=False)
     refused(done, 2, "longer than seq_len = 192", "chats.jsonl", "over_length")
     before = weights_of(tmp_path / "run")
@@ -113,7 +113,7 @@ def test_two_runs_in_one_directory(tmp_path):
 def test_full_disk_is_said_and_work_stays(tmp_path):
     """A file size limit makes writes fail as a full disk does (the kernel says EFBIG; the paragraph is the same)."""
     recipe = write(tmp_path / "data")
-    arguments = ["run", str(recipe), "--quiet", "--run-dir", str(tmp_path / "run")]
+    arguments = ["run", str(recipe), "stage.pretrain.steps=2", "--quiet", "--run-dir", str(tmp_path / "run")]
     k2(*arguments, "--only", "tokenize")
     limit = 200_000
 

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
-from small_run import EVALUATE, environment, k2, weights_of, write
+from small_run import EVALUATE, k2, weights_of, write
 
 from k2lab.core.events import read
 from k2lab.core.rng import rng
 
 
-def start(recipe: Path, run_dir: Path, *overrides: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "k2lab", "run", str(recipe), *overrides, "--run-dir", str(run_dir), "--quiet"],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def start(recipe: Path, run_dir: Path, *overrides: str) -> forked.Run:
+    return forked.Run("run", recipe, *overrides, "--run-dir", run_dir, "--quiet")
 
 
-def wait_for(run_dir: Path, stage: str, step: int, process: subprocess.Popen) -> None:
+def wait_for(run_dir: Path, stage: str, step: int, process: forked.Run) -> None:
     """Returns once `stage` has begun (and, for training stages, has done `step` steps), or the process has ended."""
     folder = run_dir / "events"
     while process.poll() is None:
@@ -53,7 +47,7 @@ def test_killed_and_resumed_equals_never_interrupted(spec, tmp_path):
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
     assert kills >= 5
-    k2("run", str(recipe), "--run-dir", str(tmp_path / "killed"), "--quiet")
+    forked.finish("run", recipe, "--run-dir", tmp_path / "killed", "--quiet")
     assert weights_of(tmp_path / "killed") == expected, f"killed at {moments}"
     whole, killed = ([e for e in read(tmp_path / d / "events") if e["kind"] == "step"] for d in ("whole", "killed"))
     assert [(e["stage"], e["step"], e["losses"]) for e in whole] == [(e["stage"], e["step"], e["losses"]) for e in killed]

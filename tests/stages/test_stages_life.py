@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_life import write_life
 from small_run import k2
 
 from k2lab import runner
@@ -20,15 +19,6 @@ from k2lab.stages._asking import rendered_answer
 from k2lab.stages._teacher import Teacher
 from k2lab.text import tokenizer as text_tokenizer
 from k2lab.text.chat import render
-
-
-@pytest.fixture(scope="module")
-def life(tmp_path_factory):
-    """(recipe, run directory) of a finished chain."""
-    folder = tmp_path_factory.mktemp("life")
-    recipe = write_life(folder / "data")
-    k2("run", str(recipe), "--run-dir", str(folder / "run"), "--quiet")
-    return recipe, folder / "run"
 
 
 def stage_of(run_dir, name):

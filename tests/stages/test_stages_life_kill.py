@@ -6,9 +6,9 @@ import shutil
 import signal
 import time
 
+import forked
 import pytest
-from small_life import write_life
-from small_run import k2, weights_of
+from small_run import weights_of
 from test_stages_kill import start
 
 from k2lab.core.events import read
@@ -27,13 +27,11 @@ def wait_for(run_dir, stage, count, process):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_never_interrupted(tmp_path):
-    recipe = write_life(tmp_path / "data")
-    k2("run", str(recipe), "--run-dir", str(tmp_path / "whole"), "--quiet")
-    expected = weights_of(tmp_path / "whole")
+def test_killed_and_resumed_equals_never_interrupted(life, tmp_path):
+    recipe, whole = life
+    expected = weights_of(whole)
     assert {name.split("/")[1].rsplit("-", 1)[0] for name in expected} >= set(LATER)
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    shutil.rmtree(tmp_path / "killed" / "events")
+    shutil.copytree(whole / "stages", tmp_path / "killed" / "stages")
     for stage in LATER:
         shutil.rmtree(next((tmp_path / "killed" / "stages").glob(f"{stage}-*")))
     draw = rng(int(time.time()), "kills")  # other moments in every run of the suite; they are printed on failure
@@ -46,7 +44,7 @@ def test_killed_and_resumed_equals_never_interrupted(tmp_path):
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
     assert kills >= 5, moments
-    k2("run", str(recipe), "--run-dir", str(tmp_path / "killed"), "--quiet")
+    forked.finish("run", recipe, "--run-dir", tmp_path / "killed", "--quiet")
     found = weights_of(tmp_path / "killed")
     assert found.keys() == expected.keys(), f"killed at {moments}"
     assert [name for name in expected if found[name] != expected[name]] == [], f"killed at {moments}"

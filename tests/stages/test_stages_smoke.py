@@ -78,6 +78,7 @@ def test_model_directory_is_whole_and_evaluates_by_itself(finished, tmp_path):
     assert (run_dir / "recipe.resolved.toml").read_bytes() == before  # evaluating leaves somebody's run as it was
 
 
+@pytest.mark.parametrize("finished", ["tiny-k2"], indirect=True)
 def test_bare_model_directory_is_measured_on_shipped_text(finished, tmp_path):
     run_dir, _ = finished
     bare = shutil.copytree(stage_of(run_dir, "sft"), tmp_path / "model")
