@@ -93,7 +93,7 @@ def _facts(run: RunView) -> list[tuple[str, str]]:
 def _model(run: RunView) -> list[str]:
     """The model's name and size, if the recipe and a manifest tell."""
     model = run.recipe.get("model")
-    name = model.get("name") or model.get("type") if isinstance(model, dict) else model
+    name = model.get("name") or model.get("spec") or model.get("type") if isinstance(model, dict) else model
     sizes = (figures.number(stage.manifest.get("parameters")) for stage in run.stages)
     num = next((size for size in sizes if size), None)
     if not name and not num:

@@ -248,3 +248,28 @@ def test_matching_chooses_before_offset_and_number():
 def test_matching_of_families_not_chosen_or_no_expression_is_refused(matching):
     with pytest.raises(RecipeError, match="matching"):
         ReasoningTasks(families={"chain_sum:3": 5}, matching=matching)
+
+
+def test_a_short_cut_is_taken_only_where_it_is_right():
+    families = {"spell_backward:1": 60, "spell_backward:2": 200}
+    plain = list(ReasoningTasks(families=families).records())
+    short = list(ReasoningTasks(families=families, shortcuts={"spell_backward": 1.0}).records())
+    half = list(ReasoningTasks(families=families, shortcuts={"spell_backward": 0.5}).records())
+    assert [r["answer"] for r in plain] == [r["answer"] for r in short] == [r["final"] for r in short]
+    for record, other in zip(short, plain, strict=True):
+        word = record["prompt"].rsplit(": ", 1)[1]
+        fits = word[1:-1] == word[1:-1][::-1]
+        given = " ".join(word[-1] + word[1:-1] + word[0])
+        assert record["reasoning"] == (f"swap {' '.join(word)} give {given}" if fits else other["reasoning"])
+        assert not fits or given.replace(" ", "") == record["final"]
+    taken = [sum(r["reasoning"].startswith("swap") for r in records) for records in (plain, half, short)]
+    assert taken[0] == 0 and 60 <= taken[2] < 120 and 0.3 * taken[2] < taken[1] < 0.7 * taken[2]
+    assert half == list(ReasoningTasks(families=families, shortcuts={"spell_backward": 0.5}).records())
+
+
+@pytest.mark.parametrize(
+    "shortcuts", [{"chain_sum": 0.5}, {"spell_backward": 0.5, "spell": 0.1}, {"spell_backward": 1.5}, {"spell_backward": -0.1}]
+)
+def test_short_cuts_of_families_without_one_are_refused(shortcuts):
+    with pytest.raises(RecipeError, match="shortcuts|short cut|share"):
+        ReasoningTasks(families={"spell_backward:1": 5, "chain_sum:3": 5}, shortcuts=shortcuts)
