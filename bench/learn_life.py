@@ -1,7 +1,7 @@
-"""Does the life cycle learn? Runs the recipe `life` with several seeds and prints every figure beside what it must reach.
+"""Does the life cycle learn? Runs the recipe `tiny` with several seeds and prints every figure beside what it must reach.
 
-    python bench/learn_life.py                              # life, seeds 1 2 3: about 8 + 5 minutes each on two cores
-    python bench/learn_life.py --read runs/life             # measures a finished run
+    python bench/learn_life.py                              # tiny, seeds 1 2 3: about 8 + 5 minutes each on two cores
+    python bench/learn_life.py --read runs/tiny             # measures a finished run
     python bench/learn_life.py --device cuda --no-kl off    # without training the student that learns no KL
 
 Besides what a run measures itself, models are asked tasks of the run's own families and levels whose canonical keys occur in no
@@ -318,7 +318,7 @@ def measure(folder: Path, args: argparse.Namespace) -> list[Line]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("recipe", nargs="?", default="life")
+    parser.add_argument("recipe", nargs="?", default="tiny")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--read", type=Path, nargs="+", metavar="DIR", help="measure these finished runs")
     parser.add_argument("--out", type=Path, default=Path("runs/learn"))

@@ -1,7 +1,7 @@
 """Does the laptop recipe learn? Runs a recipe with several seeds and prints each run's figures beside what they must reach.
 
-    python bench/learn_tiny.py                      # tiny, seeds 1 2 3: about four minutes each on two cores
-    python bench/learn_tiny.py tiny-linear --seeds 1
+    python bench/learn_tiny.py                      # tiny-sft, seeds 1 2 3: about four minutes each on two cores
+    python bench/learn_tiny.py tiny --seeds 1        # the first half of `tiny`, which has fewer steps
 
 Must reach: bits per byte on held-out modules below an interpolated Witten-Bell bigram over the same tokens and text (goal:
 trigram); response loss
@@ -44,7 +44,7 @@ def figures(run_dir: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("recipe", nargs="?", default="tiny")
+    parser.add_argument("recipe", nargs="?", default="tiny-sft")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/learn"))
     args = parser.parse_args()
