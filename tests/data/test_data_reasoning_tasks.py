@@ -258,12 +258,12 @@ def test_a_short_cut_is_taken_only_where_it_is_right():
     assert [r["answer"] for r in plain] == [r["answer"] for r in short] == [r["final"] for r in short]
     for record, other in zip(short, plain, strict=True):
         word = record["prompt"].rsplit(": ", 1)[1]
-        fits = word[1:-1] == word[1:-1][::-1]
+        fits = len(word) == 3
         given = " ".join(word[-1] + word[1:-1] + word[0])
         assert record["reasoning"] == (f"swap {' '.join(word)} give {given}" if fits else other["reasoning"])
         assert not fits or given.replace(" ", "") == record["final"]
     taken = [sum(r["reasoning"].startswith("swap") for r in records) for records in (plain, half, short)]
-    assert taken[0] == 0 and 60 <= taken[2] < 120 and 0.3 * taken[2] < taken[1] < 0.7 * taken[2]
+    assert taken[0] == 0 and taken[2] == 60 and 0.3 * taken[2] < taken[1] < 0.7 * taken[2]
     assert half == list(ReasoningTasks(families=families, shortcuts={"spell_backward": 0.5}).records())
 
 

@@ -133,11 +133,10 @@ def spell_backward(question: str) -> Solved:
 
 
 def swap_ends(question: str) -> Solved:
-    """A short cut that works for words of three letters, and for others if what lies between their ends is the same backward:
-    the ends are swapped, "swap s u n give n u s"; as long as the trace of `spell_backward`."""
+    """A short cut for words of three letters: the ends are swapped, "swap s u n give n u s"."""
     word = question.rsplit(": ", 1)[1]
-    if len(word) < 2 or word[1:-1] != word[-2:0:-1]:
-        raise ValueError("swapping the ends does not spell this word backward")
+    if len(word) != 3:
+        raise ValueError("swapping the ends spells a word of three letters backward, no other")
     return f"swap {' '.join(word)} give {' '.join(word[::-1])}", word[::-1]
 
 

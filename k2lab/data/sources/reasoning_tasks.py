@@ -39,9 +39,9 @@ class ReasoningTasks:
     max_difficulty: int = 0
     offset: int = 0  # tasks passed over at the beginning of each family's level: for sets that share no task
     traces: bool = True  # give each task its worked-out solution; else the records are bare tasks
-    # Family -> how often a task is worked out by a short cut where that gives the right answer: a word spelled backward by
-    # swapping its ends, which is right for three letters (spell_backward). Every trace is right, but a model that picks the
-    # habit up fails elsewhere: data of mixed quality, whose habits preferences and rewards sort out.
+    # Family -> how often a task is worked out by a short cut where that gives the right answer: a word of three letters spelled
+    # backward by swapping its ends (spell_backward). Every trace is right, but a model that picks the habit up fails with longer
+    # words: data of mixed quality, whose habits preferences and rewards sort out.
     shortcuts: dict[str, float] = field(default_factory=dict)
     name: str = "reasoning_tasks"  # begins the records' keys; give a second source of this type another
 
