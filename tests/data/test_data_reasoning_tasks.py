@@ -273,3 +273,14 @@ def test_a_short_cut_is_taken_only_where_it_is_right():
 def test_short_cuts_of_families_without_one_are_refused(shortcuts):
     with pytest.raises(RecipeError, match="shortcuts|short cut|share"):
         ReasoningTasks(families={"spell_backward:1": 5, "chain_sum:3": 5}, shortcuts=shortcuts)
+
+
+def test_bare_answers_are_the_same_tasks_without_working():
+    families = {"chain_sum:3": 30, "leg_counting:2": 10}
+    bare = list(slots.load("source", "bare_answers")(families=families, matching={"chain_sum": "[+]"}).records())
+    worked = list(ReasoningTasks(families=families, matching={"chain_sum": "[+]"}).records())
+    assert [(r["prompt"], r["response"], r["group"]) for r in bare] == [(r["prompt"], r["final"], r["group"]) for r in worked]
+    assert all(kind_of(r) == "response" and is_task(r) and "reasoning" not in r for r in bare)
+    assert not {r["key"] for r in bare} & {r["key"] for r in worked}
+    with pytest.raises(RecipeError):
+        slots.load("source", "bare_answers")(families={"no_such_family": 3})
