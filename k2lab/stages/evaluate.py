@@ -28,7 +28,7 @@ class Evaluate(Stage):
     """
 
     kind: ClassVar[str] = "report"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     uses_model: ClassVar[bool] = True
 
     # What to measure, in the order of training; each is compared with what it was trained from.
@@ -144,11 +144,10 @@ class Evaluate(Stage):
         if self.untrained and fresh:
             yield "untrained", None, None
         for artifact in ctx.parents["models"]:
-            start = artifact.manifest.get("parents", {}).get("start")
-            if start is not None:
-                yield artifact.name, artifact, names.get(start["identity"])
-            else:
-                yield artifact.name, artifact, "untrained" if self.untrained and artifact in fresh else None
+            before = _measured_start(artifact, names)
+            if before is None and artifact in fresh and self.untrained:
+                before = "untrained"
+            yield artifact.name, artifact, before
 
     def _load(self, ctx: StageContext, artifact: Any) -> tuple[Any, Any]:
         from k2lab import specs
@@ -327,3 +326,19 @@ class Evaluate(Stage):
     @staticmethod
     def examples() -> list[Evaluate]:
         return [Evaluate(models=("pretrain",), tokens="tokenize")]  # type: ignore[arg-type]
+
+
+def _measured_start(artifact: Any, names: dict[str, str]) -> str | None:
+    """The name, in `names` {identity: name}, of the nearest model that this one was trained from, stage by stage; None if none is
+    measured. Stages between that are not measured are looked up beside the artifact, where runs keep them."""
+    from k2lab.core import artifacts
+
+    here = artifact
+    while (start := here.manifest.get("parents", {}).get("start")) is not None:
+        if start["identity"] in names:
+            return names[start["identity"]]
+        path = here.path.parent / f"{start['name']}-{start['identity'][:8]}"
+        if not artifacts.exists(path):
+            return None
+        here = artifacts.open_artifact(path)
+    return None

@@ -261,3 +261,27 @@ def test_replayed_text_trains_every_token_once(tokenizer):
     assert len(pieces) > 1 and all(len(tokens) <= 32 for tokens, _ in pieces)
     trained = [token for tokens, flags in pieces for token, flag in zip(tokens, flags) if flag]
     assert trained == whole[1:] and pieces[0][0][0] == whole[0]
+
+
+def test_a_model_is_compared_with_the_nearest_measured_one_it_was_trained_from(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from k2lab.core import artifacts
+    from k2lab.stages.evaluate import _measured_start
+
+    def made(name, identity, start=None):
+        parents = {} if start is None else {"start": {"name": start.name, "identity": start.identity}}
+        path = tmp_path / f"{name}-{identity[:8]}"
+        return SimpleNamespace(name=name, identity=identity, path=path, manifest={"parents": parents})
+
+    first = made("sft", "a" * 64)
+    between = made("start", "b" * 64, first)
+    last = made("reasoning", "c" * 64, between)
+    stored = {each.path: each for each in (first, between, last)}
+    monkeypatch.setattr(artifacts, "exists", lambda path: path in stored)
+    monkeypatch.setattr(artifacts, "open_artifact", lambda path: stored[path])
+    assert _measured_start(last, {first.identity: "sft", last.identity: "reasoning"}) == "sft"
+    assert _measured_start(last, {first.identity: "sft", between.identity: "start"}) == "start"
+    assert _measured_start(last, {last.identity: "reasoning"}) is None and _measured_start(first, {}) is None
+    del stored[between.path]
+    assert _measured_start(last, {first.identity: "sft"}) is None
