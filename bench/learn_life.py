@@ -1,6 +1,6 @@
 """Does the life cycle learn? Runs the recipe `tiny` with several seeds and prints every figure beside what it must reach.
 
-    python bench/learn_life.py                              # tiny, seeds 1 2 3: about 8 + 5 minutes each on two cores
+    python bench/learn_life.py                              # tiny, seeds 1 2 3: about 10 + 8 minutes each on two cores
     python bench/learn_life.py --read runs/tiny             # measures a finished run
     python bench/learn_life.py --device cuda --no-kl off    # without training the student that learns no KL
 

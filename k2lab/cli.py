@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 EPILOG = """\
 examples:
@@ -21,6 +21,9 @@ examples:
   k2 chat runs/tiny --tools python             talk to the model, which may run Python in a sandbox
   k2 list sources                              what can stand in a recipe
 """
+
+
+Verb = Callable[[str, str], argparse.ArgumentParser]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +43,13 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="show Python tracebacks of errors")
         return added
 
+    _recipe_verbs(verb)
+    _other_verbs(verb)
+    return top
+
+
+def _recipe_verbs(verb: Verb) -> None:
+    """What runs, plans and evaluates."""
     run = verb("run", "run a recipe; what exists is reused, what was begun is resumed")
     run.add_argument("recipe", help="a shipped name (see `k2 list recipes`) or a path to a .toml file")
     run.add_argument(
@@ -72,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--quiet", action="store_true", help="no progress lines")
     evaluate.add_argument("--json", action="store_true", help="the results as JSON on standard output")
 
+
+def _other_verbs(verb: Verb) -> None:
+    """What reads, lists, talks, fetches, writes and checks."""
     report = verb("report", "write report.html of a run directory and print its summary table")
     report.add_argument("run", help="a run directory, e.g. runs/tiny")
     report.add_argument("--out", metavar="FILE", help="where to write the page (default: RUN/report.html)")
@@ -113,7 +126,6 @@ def parser() -> argparse.ArgumentParser:
 
     check = verb("check", "verify a data set, an artifact, a run directory or a recipe")
     check.add_argument("path", help="a directory, a recipe file or a shipped recipe's name")
-    return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:

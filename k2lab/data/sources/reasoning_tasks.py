@@ -101,10 +101,12 @@ class ReasoningTasks:
             warnings.warn(f"{self.name}: there are fewer tasks than asked for: {', '.join(short)}", stacklevel=2)
 
     def _solved(self, row: shipped.Row, tags: Record) -> Solved | None:
-        drawn = derive(0, "reasoning_tasks", "shortcut", str(tags["group"])) / 2**128
-        short = drawn < self.shortcuts.get(row.family, 0.0)
-        found = solve(row.family, row.question, row.answer, shortcut=True) if short else None
-        return found or solve(row.family, row.question, row.answer)
+        share = self.shortcuts.get(row.family, 0.0)
+        if share and derive(0, "reasoning_tasks", "shortcut", str(tags["group"])) / 2**128 < share:
+            found = solve(row.family, row.question, row.answer, shortcut=True)
+            if found is not None:
+                return found
+        return solve(row.family, row.question, row.answer)
 
     def fingerprint(self) -> str:
         """sha256 hex over the settings, the shipped tasks and the solvers."""
