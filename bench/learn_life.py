@@ -61,7 +61,7 @@ class Run:
             raise SystemExit(f"{folder} holds no run of the life cycle")
         self.artifacts: dict[str, artifacts.Artifact] = {}
         for name, identity in starts[-1].items():
-            path = folder / "stages" / f"{name}-{identity[:8]}"
+            path = folder / "stages" / artifacts.folder_name(name, identity)
             if artifacts.exists(path):
                 self.artifacts[name] = artifacts.open_artifact(path)
         self.loaded: dict[Path, tuple[Any, Any, LocalSampler]] = {}

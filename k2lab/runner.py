@@ -65,7 +65,7 @@ def survey(recipe: Recipe, run_dir: Path, only: str | None = None) -> list[Plann
             table["model"] = model_table(recipe.model)
         identity = artifacts.identity(table, parents, type(entry.config).version, recipe.seed)
         identities[entry.name] = identity
-        path = run_dir / "stages" / f"{entry.name}-{identity[:8]}"
+        path = run_dir / "stages" / artifacts.folder_name(entry.name, identity)
         stage = PlannedStage(entry, identity, path, "new")
         if artifacts.exists(path):
             stage.action = "reuse"

@@ -121,6 +121,21 @@ def exists(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def folder_name(name: str, identity: str) -> str:
+    """The directory of a stage's artifact within `stages/`."""
+    return f"{name}-{identity[:8]}"
+
+
+def beside(artifact: Artifact, role: str) -> Artifact | None:
+    """What `artifact` was made from in this role, if it lies beside it, as in a run; None if it was made from nothing there, or
+    that lies elsewhere."""
+    parent = artifact.manifest.get("parents", {}).get(role)
+    if parent is None:
+        return None
+    path = artifact.path.parent / folder_name(parent["name"], parent["identity"])
+    return open_artifact(path) if exists(path) else None
+
+
 def open_artifact(path: Path, kind: str | None = None, verify: bool = False) -> Artifact:
     """Reads an artifact's manifest. Sizes are always checked; `verify=True` also checks every sha256.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2lab.core.artifacts import Artifact, exists, open_artifact
+from k2lab.core.artifacts import Artifact, beside
 from k2lab.core.errors import K2Error
 
 if TYPE_CHECKING:
@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 def teacher_of(artifact: Artifact) -> str | None:
     """Identity of the model whose answers a distilled one learnt from, by the data set between them, which must lie beside it.
     None for other models, and where the data set cannot be found."""
-    data = artifact.manifest.get("parents", {}).get("data")
-    if artifact.manifest.get("type") != "distill" or data is None:
+    data = beside(artifact, "data") if artifact.manifest.get("type") == "distill" else None
+    if data is None:
         return None
-    path = artifact.path.parent / f"{data['name']}-{data['identity'][:8]}"
-    if not exists(path):
-        return None
-    teacher = open_artifact(path).manifest.get("parents", {}).get("teacher")
+    teacher = data.manifest.get("parents", {}).get("teacher")
     return teacher["identity"] if teacher is not None else None
 
 

@@ -334,11 +334,8 @@ def _measured_start(artifact: Any, names: dict[str, str]) -> str | None:
     from k2lab.core import artifacts
 
     here = artifact
-    while (start := here.manifest.get("parents", {}).get("start")) is not None:
+    while here is not None and (start := here.manifest.get("parents", {}).get("start")) is not None:
         if start["identity"] in names:
             return names[start["identity"]]
-        path = here.path.parent / f"{start['name']}-{start['identity'][:8]}"
-        if not artifacts.exists(path):
-            return None
-        here = artifacts.open_artifact(path)
+        here = artifacts.beside(here, "start")
     return None
