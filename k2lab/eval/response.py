@@ -36,6 +36,12 @@ class ResponseLoss:
         return stats.ratio(self.nats, self.tokens, seed, "response_loss")
 
 
+def joined(parts: Sequence[ResponseLoss]) -> ResponseLoss:
+    """All chats of several results, in their order."""
+    nats, tokens = (np.concatenate([getattr(part, name) for part in parts]) for name in ("nats", "tokens"))
+    return ResponseLoss(nats, tokens, tuple(key for part in parts for key in part.key))
+
+
 def response_loss(
     model: Any,
     chats: Sequence[Chat],

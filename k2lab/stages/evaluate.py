@@ -37,6 +37,8 @@ class Evaluate(Stage):
     untrained: bool = True
     # Held-out text, and the count tables (unigram, bigram, trigram) that stand beside the models.
     tokens: Tokens | None = None
+    # Measured are so many of its documents, drawn once for all models and count tables (0 = all).
+    text_documents: int = 0
     # Held-out instructions for response loss and tasks.
     instructions: Dataset | None = None
     # Further data sets whose held-out records tasks are made from (records with an answer are tasks).
@@ -68,6 +70,8 @@ class Evaluate(Stage):
             raise RecipeError("name at least one model to evaluate", where=f"{where}.models")
         if len(set(self.models)) != len(self.models):
             raise RecipeError("a model is named twice", where=f"{where}.models", got=", ".join(self.models))
+        if self.text_documents < 0:
+            raise RecipeError("must not be negative", where=f"{where}.text_documents", got=self.text_documents)
         if self.decode_tokens < 0 or self.decode_tokens == 1 or self.decode_batch < 1:
             name = "decode_batch" if self.decode_batch < 1 else "decode_tokens"
             allowed = "1 or more" if self.decode_batch < 1 else "2 or more, or 0 for no measurement"
@@ -183,12 +187,21 @@ class Evaluate(Stage):
         parent = ctx.parent("tokens")
         docs = self._held_out(parent, tokenizer) if parent.manifest.get("fingerprint") != tokenizer.fingerprint() else None
         docs = docs if docs is not None else documents(TokenReader(parent.path, "valid"))
+        docs = [docs[place] for place in self._drawn(ctx, len(docs))]
         found = document_bits(model, docs, self.seq_len, tokens_per_batch=self.batch_tokens)
         settings = f"pieces of {self.seq_len} tokens"
         for domain in sorted(set(found.domain)):
             part = found.of(domain)
             metrics[f"{BITS}/{domain}"] = Measured(part.bits_per_byte(), "bits/byte", "lower", settings, part.bits, part.bytes)
         metrics[BITS] = Measured(found.bits_per_byte(), "bits/byte", "lower", settings, found.bits, found.bytes)
+
+    def _drawn(self, ctx: StageContext, count: int) -> list[int]:
+        """Which of the held-out documents are measured, the same for every model and count table, in their order."""
+        from k2lab.core.rng import rng
+
+        if not 0 < self.text_documents < count:
+            return list(range(count))
+        return sorted(int(place) for place in rng(ctx.seed, ctx.name, "text_documents").permutation(count)[: self.text_documents])
 
     @staticmethod
     def _held_out(parent: Any, tokenizer: Any) -> list[Any]:
@@ -213,7 +226,7 @@ class Evaluate(Stage):
 
     def _answers(self, ctx: StageContext, model: Any, tokenizer: Any, metrics: Metrics) -> None:
         from k2lab.eval.measured import Measured
-        from k2lab.eval.response import Chat, response_loss
+        from k2lab.eval.response import Chat, joined, response_loss
         from k2lab.stages._chats import messages_of
         from k2lab.text.chat import render
 
@@ -226,13 +239,15 @@ class Evaluate(Stage):
                 chat = Chat(rendered.tokens, rendered.trained, record["key"])
                 by_domain.setdefault(record.get("domain") or record["source"], []).append(chat)
         settings = f"teacher-forced, text tokens of answers in chats of at most {self.seq_len} tokens"
-        groups = sorted((f"response_loss/{domain}", chats) for domain, chats in by_domain.items())
-        if len(groups) > 1:
-            groups.append(("response_loss", [chat for _, chats in groups for chat in chats]))
-        for name, chats in groups:
-            found = response_loss(model, chats, tokenizer.special.values(), self.seq_len, tokens_per_batch=self.batch_tokens)
-            loss = Measured(found.per_token(), "nats/token", "lower", settings, found.nats, found.tokens)
-            metrics[name] = loss
+        special = tokenizer.special.values()
+        found = {
+            f"response_loss/{domain}": response_loss(model, chats, special, self.seq_len, tokens_per_batch=self.batch_tokens)
+            for domain, chats in sorted(by_domain.items())
+        }
+        if len(found) > 1:
+            found["response_loss"] = joined(list(found.values()))
+        for name, loss in found.items():
+            metrics[name] = Measured(loss.per_token(), "nats/token", "lower", settings, loss.nats, loss.tokens)
 
     def _tasks(self, ctx: StageContext, model: Any, tokenizer: Any, name: str, metrics: Metrics) -> list[dict[str, str]]:
         from k2lab.eval import measured as measuring
@@ -315,11 +330,11 @@ class Evaluate(Stage):
         train, valid = TokenReader(folder, "train"), TokenReader(folder, "valid")
         # The count tables put their own marks around documents: [BOS] and [EOS] of the stored tokens are left off.
         inner = [valid[i][1:-1] for i in range(len(valid))]
-        domains = [valid.domain(i) for i in range(len(valid))]
+        domains, drawn = [valid.domain(i) for i in range(len(valid))], self._drawn(ctx, len(valid))
         for order, name in ((1, "unigram"), (2, "bigram"), (3, "trigram")):
             table = NgramModel([train[i][1:-1] for i in range(len(train))], train.vocab_size, order)
-            for domain in [None, *sorted(set(domains))]:
-                chosen = [i for i, own in enumerate(domains) if domain in (None, own)]
+            for domain in [None, *sorted({domains[i] for i in drawn})]:
+                chosen = [i for i in drawn if domain in (None, domains[i])]
                 bits = table.bits([inner[i] for i in chosen]) / int(valid.text_bytes[chosen].sum())
                 results.add_baseline(f"{name} (Witten-Bell)", BITS if domain is None else f"{BITS}/{domain}", bits)
 

@@ -8,7 +8,7 @@ from k2lab.core.errors import DataError, NumericsError
 from k2lab.core.rng import rng
 from k2lab.core.types import Message
 from k2lab.eval.bits import Document, document_bits, documents
-from k2lab.eval.response import Chat, response_loss
+from k2lab.eval.response import Chat, joined, response_loss
 from k2lab.text import chat
 
 LENGTHS = [3, 40, 17, 2, 65, 33, 8]
@@ -139,6 +139,15 @@ def test_response_loss_counts_the_response_text_only(model, tokenizer, token_nat
     total = found.per_token()
     assert total.value == pytest.approx(found.nats.sum() / found.tokens.sum())
     assert total.n == 2
+
+
+def test_joined_results_equal_one_over_all_chats(model, tokenizer):
+    chats = rendered(tokenizer, "Yes.", "A longer answer, with more bytes.", "No.")
+    special = tokenizer.special.values()
+    whole = response_loss(model, chats, special, seq_len=256)
+    parts = joined([response_loss(model, part, special, seq_len=256) for part in (chats[:1], chats[1:])])
+    assert parts.key == whole.key and parts.tokens.tolist() == whole.tokens.tolist()
+    np.testing.assert_allclose(parts.nats, whole.nats, rtol=1e-5)
 
 
 def test_response_loss_refuses_what_it_cannot_measure(model, tokenizer):

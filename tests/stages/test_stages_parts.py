@@ -263,6 +263,19 @@ def test_replayed_text_trains_every_token_once(tokenizer):
     assert trained == whole[1:] and pieces[0][0][0] == whole[0]
 
 
+def test_evaluation_draws_the_same_documents_for_every_model():
+    from k2lab.stages.evaluate import Evaluate
+
+    context = SimpleNamespace(seed=1, name="evaluate")
+    some = Evaluate(models=("sft",), text_documents=5)
+    drawn = some._drawn(context, 40)
+    assert drawn == some._drawn(context, 40) == sorted(set(drawn)) and len(drawn) == 5
+    assert drawn != some._drawn(SimpleNamespace(seed=2, name="evaluate"), 40)
+    assert some._drawn(context, 4) == Evaluate(models=("sft",))._drawn(context, 4) == [0, 1, 2, 3]
+    with pytest.raises(RecipeError, match="text_documents"):
+        Evaluate(models=("sft",), text_documents=-1).check("stage.evaluate")
+
+
 def test_a_model_is_compared_with_the_nearest_measured_one_it_was_trained_from(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
