@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -39,7 +40,14 @@ class Corpus(Stage):
         from k2lab.data import shards
         from k2lab.data.filtering import run_filters
 
-        records = list(self._gather(ctx))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            records = list(self._gather(ctx))
+        for warning in said:  # what a source has to say stands in the run's own output and report
+            if issubclass(warning.category, UserWarning):
+                ctx.events.emit("note", text=str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         general = [item for item in self.filters if not hasattr(item, "with_targets")]
         # Held-out records come first, so that of two duplicates the training copy is the one dropped.
         order = {"valid": [], "train": []}
