@@ -28,8 +28,8 @@ seed = {seed}
 [[stage]]
 name = "pretrain"
 steps = {steps}
-global_batch = 4
-per_device_batch = 4
+global_batch = {batch}
+per_device_batch = {batch}
 valid_every = 0
 optim = {{ type = "muonclip", lr = {lr}, weight_decay = 0.0, tau = {tau}, schedule = {{ type = "constant", warmup = 10 }} }}
 [[stage]]
@@ -60,7 +60,7 @@ def run(name: str, tau: str, args: argparse.Namespace) -> Line:
     folder = args.out / name.replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "recipe_source.toml"
-    recipe.write_text(RECIPE.format(seed=args.seed, steps=args.steps, lr=args.lr, tau=tau), encoding="utf-8")
+    recipe.write_text(RECIPE.format(seed=args.seed, steps=args.steps, lr=args.lr, tau=tau, batch=args.batch), encoding="utf-8")
     command = [
         sys.executable,
         "-m",
@@ -125,9 +125,10 @@ def picture(lines: list[Line], tau: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lr", type=float, default=2e-2)
+    parser.add_argument("--lr", type=float, default=1.5e-2)
     parser.add_argument("--tau", type=float, default=100.0)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8, help="rows of 256 tokens per step")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/qk_clip"))
