@@ -11,6 +11,7 @@ the mean loss of the last fifth of the steps.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 import subprocess
@@ -81,7 +82,6 @@ def run(name: str, tau: str, args: argparse.Namespace) -> Line:
 
 def panel(lines: list[Line], field: str, title: str, log: bool, level: float | None, x0: int) -> str:
     """One chart: the values of `field` over steps, and a dashed level."""
-    import math
 
     def height(value: float) -> float:
         return math.log10(max(value, 1e-3)) if log else value
@@ -95,9 +95,11 @@ def panel(lines: list[Line], field: str, title: str, log: bool, level: float | N
         return f"{x0 + LEFT + w * step / max(1, steps - 1):.1f},{TOP + h * (1 - (height(value) - low) / (high - low)):.1f}"
 
     parts = [f'<text x="{x0 + LEFT}" y="20" font-weight="600">{title}</text>']
-    marks = (
-        [10**n for n in range(math.ceil(low), math.floor(high) + 1)] if log else [low + (high - low) * n / 4 for n in range(5)]
-    )
+    if log:
+        decades = range(math.floor(low), math.ceil(high) + 1)
+        marks = [m * 10.0**n for n in decades for m in (1, 2, 5) if low <= math.log10(m * 10.0**n) <= high]
+    else:
+        marks = [float(n) for n in range(math.ceil(low), math.floor(high) + 1)]
     for mark in marks:
         x, y = place(0, mark).split(",")
         parts.append(f'<line x1="{x}" x2="{x0 + LEFT + w}" y1="{y}" y2="{y}" stroke="#ddd"/>')
