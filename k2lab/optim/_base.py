@@ -20,6 +20,7 @@ from k2lab.core.types import RowLayout
 from k2lab.optim import _qk_clip, _table
 from k2lab.optim._adamw import AdamWPart
 from k2lab.optim._muon import MuonPart, MuonSettings
+from k2lab.optim._offload import Ferry, host_copy
 from k2lab.optim._table import TableRow
 
 STATE_FORMAT = 1
@@ -51,8 +52,9 @@ class Optimizer:
 
     Args: `named_parameters` in a fixed order, frozen ones included (they appear in the table and are never touched);
     `row_layouts` of the attention layers that QK-Clip may scale; `schedule` with `factor(step, total_steps)`; `adamw_lr` None =
-    lr; `master` "auto" keeps a float32 master of every bfloat16 or float16 parameter, "off" updates it in its own type. Masters
-    are taken from the parameters here, so load weights first.
+    lr; `master` "auto" keeps a float32 master of every bfloat16 or float16 parameter, "off" updates it in its own type,
+    "stochastic" updates it in float32 and rounds it up or down by chance. Masters are taken from the parameters here, so load
+    weights first. `offload` "cpu" keeps masters and moments in the host's memory.
 
     Raises ValueError for row layouts that do not fit, tensors that are not contiguous or names given twice, RecipeError if
     nothing can be trained.
@@ -69,6 +71,7 @@ class Optimizer:
         eps: float,
         schedule: Any,
         master: str = "auto",
+        offload: str = "off",
         adamw_lr: float | None = None,
         muonclip: MuonClipSettings | None = None,
     ) -> None:
@@ -95,13 +98,21 @@ class Optimizer:
         for row in trained:
             if not self.params[row.name].is_contiguous():
                 raise ValueError(f"parameter {row.name!r} is not contiguous")
-        self.masters: dict[str, Tensor] = {}
-        if master == "auto":
-            low = [row.name for row in trained if self.params[row.name].dtype in LOW_PRECISION]
-            self.masters = {name: self.params[name].detach().to(torch.float32) for name in low}
-        self.muon = MuonPart(self._part(trained, "muon"), muonclip.muon if muonclip else MuonSettings(ns_dtype="fp32"))
-        self.adamw = AdamWPart(self._part(trained, "adamw"), betas, eps)
+        self.ferry = Ferry(self.params[trained[0].name].device) if offload == "cpu" else None
+        self.masters = self._make_masters(trained) if master == "auto" else {}
+        if master == "stochastic":
+            _no_float16(trained, self.params)
+        by_chance = master == "stochastic"
+        settings = muonclip.muon if muonclip else MuonSettings(ns_dtype="fp32")
+        self.muon = MuonPart(self._part(trained, "muon"), settings, by_chance, self.ferry)
+        self.adamw = AdamWPart(self._part(trained, "adamw"), betas, eps, by_chance, self.ferry)
         self.updates = 0
+
+    def _make_masters(self, rows: list[TableRow]) -> dict[str, Tensor]:
+        low = {row.name: self.params[row.name] for row in rows if self.params[row.name].dtype in LOW_PRECISION}
+        if self.ferry is not None:
+            return {name: host_copy(param, torch.float32) for name, param in low.items()}
+        return {name: param.detach().to(torch.float32) for name, param in low.items()}
 
     def _part(self, rows: list[TableRow], optimizer: str) -> list[tuple[TableRow, nn.Parameter, Tensor]]:
         own = [row for row in rows if row.optimizer == optimizer]
@@ -145,16 +156,20 @@ class Optimizer:
         self._gradients()
         maxima = _qk_clip.read(self.layouts, max_logits) if self.tau is not None else {}
         lr = self.lr * self._factor(step, total_steps)
-        self.muon.update(lr)
-        self.adamw.update(lr)
-        if self.masters:
-            names = list(self.masters)
+        copied = self.muon.update(lr, self.updates) | self.adamw.update(lr, self.updates)
+        names = [name for name in self.masters if name not in copied]
+        if names and self.ferry is None:  # a ferry brings no state of parameters that were left alone
             torch._foreach_copy_([self.params[name] for name in names], [self.masters[name] for name in names])
         clipped: dict[int, list[int]] = {}
-        if self.muonclip is not None and self.tau is not None and maxima:
+        if self.muonclip is not None and self.tau is not None and _qk_clip.any_over(maxima, self.tau):
+            self._settle()  # masters on the host must have arrived before they are scaled there
             clipped = _qk_clip.scale(self.params, self.masters, self.layouts, maxima, self.tau, self.muonclip.alpha)
         self.updates += 1
         return StepInfo(lr=lr, clipped=clipped)
+
+    def _settle(self) -> None:
+        if self.ferry is not None:
+            self.ferry.settle()
 
     def _factor(self, step: int, total_steps: int) -> float:
         factor = self.schedule.factor(step, total_steps)
@@ -182,6 +197,8 @@ class Optimizer:
         """The table for people: equal layers folded, totals; for MuonClip also what QK-Clip acts on, and the number type of
         Newton-Schulz with its reason."""
         text = _table.table_text(self._rows)
+        if self.ferry is not None:
+            text += "\nMasters and moments in the host's memory"
         if self.muonclip is None:
             return text
         on = f"tau {self.tau:g}, alpha {self.muonclip.alpha:g}, {len(self.layouts)} attention layers" if self.tau else "off"
@@ -207,6 +224,7 @@ class Optimizer:
 
         The large ones are the live tensors, not copies: write them out before the next step.
         """
+        self._settle()
         found = {**self._live_state(), STEP_COUNTS: self.adamw.step_counts()}
         text = json.dumps(self.scalars(), sort_keys=True).encode()
         return {**found, SCALARS: torch.tensor(list(text), dtype=torch.uint8)}
@@ -245,12 +263,24 @@ class Optimizer:
                     got=f"{tuple(tensors[name].shape)} {tensors[name].dtype}",
                     allowed=f"{tuple(tensor.shape)} {tensor.dtype}",
                 )
+        self._settle()
         for name, tensor in live.items():
             tensor.copy_(tensors[name])
         self.adamw.load_step_counts(tensors[STEP_COUNTS])
         self.updates = scalars["updates"]
         if self.muonclip is not None:
             self.muon.adopt_dtype(scalars["ns_dtype"])
+
+
+def _no_float16(rows: Iterable[TableRow], params: Mapping[str, Tensor]) -> None:
+    for row in rows:
+        if params[row.name].dtype == torch.float16:
+            raise RecipeError(
+                'master = "stochastic" rounds to bfloat16 only',
+                where=row.name,
+                got="float16",
+                next='Train in bfloat16, or take master = "auto"',
+            )
 
 
 def _read_scalars(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def gram(x_BMN: Tensor, steps: int) -> Tensor:
     Every step multiplies X from the left by P = aI + bG + cG^2, a polynomial in G = X X^T; all of them commute, so the next Gram
     matrix is G P^2 and the steps' product Q is applied to X once. Restarted after `GRAM_RESTART` steps.
     """
-    for count in _phases(steps):
+    for count in phases(steps):
         gram_BMM = torch.bmm(x_BMN, x_BMN.mT)
         product_BMM: Tensor | None = None
         for step in range(count):
@@ -65,7 +65,7 @@ def gram(x_BMN: Tensor, steps: int) -> Tensor:
     return x_BMN
 
 
-def _phases(steps: int) -> list[int]:
+def phases(steps: int) -> list[int]:
     """Lengths of the runs of steps between two Gram matrices formed from X itself."""
     return [count for count in (min(steps, GRAM_RESTART), steps - GRAM_RESTART) if count > 0]
 
@@ -73,7 +73,7 @@ def _phases(steps: int) -> list[int]:
 def gram_is_cheaper(rows: int, cols: int, steps: int) -> bool:
     """Compares multiplications in units of rows^2: plain needs 2 cols + rows per step."""
     small = big = 0  # products of M x M matrices, and of M x M with M x N (or M x N with N x M)
-    for count in _phases(steps):
+    for count in phases(steps):
         small += count + (count - 1) + 2 * (count - 1)  # G^2; Q P; G P P
         big += 2
     return small * rows + big * cols < steps * (2 * cols + rows)

@@ -28,7 +28,9 @@ class AdamW:
     eps: float = 1e-8  # added to the root of the second moment
     schedule: Annotated[Any, Slot("schedule")] = field(default_factory=default_schedule)  # of the learning rate
     max_grad_norm: float | None = 1.0  # global gradient norm to clip to; "none" = never
-    master: Literal["auto", "off"] = "auto"  # auto: float32 masters of bfloat16 and float16 parameters
+    # auto: float32 masters of bfloat16 and float16 parameters; stochastic: none, bfloat16 rounds up or down by chance.
+    master: Literal["auto", "off", "stochastic"] = "auto"
+    offload: Literal["off", "cpu"] = "off"  # cpu: masters and moments in the host's memory, copied while the GPU works
 
     def __post_init__(self) -> None:
         check(self.lr, self.weight_decay, self.betas, self.eps, self.schedule, self.max_grad_norm)
@@ -46,6 +48,7 @@ class AdamW:
             eps=self.eps,
             schedule=self.schedule,
             master=self.master,
+            offload=self.offload,
         )
 
     @staticmethod

@@ -35,13 +35,18 @@ class MuonClip:
     momentum: float = 0.95  # Muon's mu
     nesterov: bool = True  # orthogonalise G + mu M instead of M
     ns_steps: int = 5  # Newton-Schulz steps; 10 gave no gain in arXiv 2502.16982
-    # Number type of Newton-Schulz; auto = bf16 where it is native and (on CPU) measured faster, else fp32; the table says which.
-    ns_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    # Number type of Newton-Schulz; auto = fp16 or bf16, whichever is faster for a shape, where a GPU has our kernels; bf16 where
+    # it is native and (on CPU) measured faster; else fp32. The table says which.
+    ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    ns_kernel: Literal["auto", "torch"] = "auto"  # auto: symmetric products in Triton on Hopper GPUs; torch: its own everywhere
+    momentum_dtype: Literal["fp32", "bf16"] = "fp32"  # bf16 saves 2 bytes per parameter; AdamW's moments stay fp32
     per_head: bool = False  # orthogonalise each head of q_b_proj and kv_b_proj for itself
     tau: float | None = 100.0  # QK-Clip threshold on scaled logits; "none" = no QK-Clip
     alpha: float = 0.5  # share of QK-Clip's factor that the queries take (the keys take the rest)
     adamw_lr: float | None = None  # peak learning rate of AdamW's parameters; none = lr
-    master: Literal["auto", "off"] = "auto"  # auto: float32 masters of bfloat16 and float16 parameters
+    # auto: float32 masters of bfloat16 and float16 parameters; stochastic: none, bfloat16 rounds up or down by chance.
+    master: Literal["auto", "off", "stochastic"] = "auto"
+    offload: Literal["off", "cpu"] = "off"  # cpu: masters and moments in the host's memory, copied while the GPU works
 
     def __post_init__(self) -> None:
         check(self.lr, self.weight_decay, self.betas, self.eps, self.schedule, self.max_grad_norm, self.adamw_lr)
@@ -59,7 +64,14 @@ class MuonClip:
         from k2lab.optim._base import MuonClipSettings, Optimizer
         from k2lab.optim._muon import MuonSettings
 
-        muon = MuonSettings(momentum=self.momentum, nesterov=self.nesterov, ns_steps=self.ns_steps, ns_dtype=self.ns_dtype)
+        muon = MuonSettings(
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            ns_steps=self.ns_steps,
+            ns_dtype=self.ns_dtype,
+            ns_kernel=self.ns_kernel,
+            momentum_dtype=self.momentum_dtype,
+        )
         return Optimizer(
             named_parameters,
             row_layouts,
@@ -69,6 +81,7 @@ class MuonClip:
             eps=self.eps,
             schedule=self.schedule,
             master=self.master,
+            offload=self.offload,
             adamw_lr=self.adamw_lr,
             muonclip=MuonClipSettings(muon=muon, per_head=self.per_head, tau=self.tau, alpha=self.alpha),
         )

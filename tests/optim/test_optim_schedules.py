@@ -97,6 +97,25 @@ def test_anneal_from_any_stable_point_continues_the_stable_run():
     assert annealed.factor(60, 200) == 1.0 and annealed.factor(70, 200) == 0.5 and annealed.factor(80, 200) == 0.0
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine", "sqrt"])
+def test_an_anneal_of_its_own_makes_the_decay_of_the_stable_run(shape):
+    """A stage that starts from the stable checkpoint of step 60 and decays for all of its 20 steps, against one long run."""
+    inside = WSD(warmup=10, decay=20, anneal_at=60, shape=shape, min_ratio=0.05)
+    alone = WSD(warmup=0, decay=1.0, shape=shape, min_ratio=0.05)
+    assert [alone.factor(s, 20) for s in range(21)] == [inside.factor(60 + s, 80) for s in range(21)]
+    assert alone.factor(0, 20) == 1.0 and alone.factor(20, 20) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("start", [10, 37, 60, 99])
+def test_every_stable_step_can_start_an_anneal_and_the_warmup_cannot(start):
+    stable = WSD(warmup=10, decay=0)
+    annealed = WSD(warmup=10, decay=5, anneal_at=start)
+    assert all(annealed.factor(s, start + 5) == stable.factor(s, 10**6) for s in range(start + 1))
+    assert annealed.factor(start + 1, start + 5) == pytest.approx(0.8)
+    with pytest.raises(RecipeError, match="inside the warmup"):
+        WSD(warmup=10, decay=5, anneal_at=9).factor(0, 100)
+
+
 def test_a_decay_that_would_start_in_the_warmup_starts_after_it():
     schedule = WSD(warmup=50, decay=80)
     assert [schedule.factor(s, 100) for s in (0, 49, 50, 75, 100)] == pytest.approx([0.02, 1.0, 1.0, 0.5, 0.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -313,3 +314,21 @@ def test_masters_off_trains_bfloat16_with_muon_too():
     advance(weights, optim, range(2))
     assert all(param.dtype == torch.bfloat16 and param.isfinite().all() for param in weights.values())
     assert all(not torch.equal(weights[name], before[name]) for name in SHAPES)
+
+
+# ---------------------------------------------------------------- offload
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [muonclip(), muonclip(momentum_dtype="bf16"), AdamW(lr=0.01, schedule=Constant())])
+def test_state_on_the_host_changes_nothing(config, dtype):
+    skip = {(1, "lm_head.weight"), (2, "model.layers.0.mlp.experts.gate_up_proj")}
+    here, there = params(dtype), params(dtype)
+    optims = [dataclasses.replace(config, offload=o).build(w.items(), [LAYOUT]) for o, w in (("off", here), ("cpu", there))]
+    infos = [advance(w, optim, range(4), skip=skip) for w, optim in zip((here, there), optims)]
+    assert infos[0] == infos[1]
+    assert ["in the host's memory" in optim.table_text() for optim in optims] == [False, True]
+    assert all(torch.equal(here[name], there[name]) for name in SHAPES)
+    states = [optim.state_tensors() for optim in optims]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -16,7 +16,10 @@ class WSD:
 
     Up to the start of the decay the rate does not depend on where the run will end. So a run with `decay = 0` can be resumed
     from any of its stable checkpoints with `anneal_at = <that step>`, a decay length and a new total, and (with `warmup` in
-    steps) gives the same model as a run that had planned this end from the start.
+    steps) gives the same model as a run that had planned this end from the start. Several ends can grow from one stable run.
+
+    An anneal as a stage of its own, which starts from a stable checkpoint's weights and counts its steps anew, has no stable
+    part left: `warmup = 0, decay = 1.0` with the checkpoint's own peak as `lr` leaves that rate with the first step.
     """
 
     warmup: int | float = 0.05  # steps (int) or share of the run (float)
