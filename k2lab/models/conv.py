@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from k2lab.models import conv_gpu
 from k2lab.models.pack import Pack
 
 
@@ -82,6 +83,10 @@ def _first_of(pack: Pack, tokens: torch.Tensor) -> torch.Tensor:
     return starts[torch.searchsorted(starts, tokens, right=True) - 1]
 
 
-def short_conv(x_TX: torch.Tensor, weight_XJ: torch.Tensor, pack: Pack) -> torch.Tensor:
-    """Causal depthwise convolution with SiLU; tokens see only their own document. [T, X] -> [T, X]."""
-    return ShortConv.apply(x_TX, weight_XJ, pack)
+def short_conv(x_TX: torch.Tensor, weight_XJ: torch.Tensor, pack: Pack, skip: int = 0) -> torch.Tensor:
+    """Causal depthwise convolution with SiLU; tokens see only their own document. [T, X] -> [T - skip, X]: the first `skip`
+    tokens are only seen by later ones."""
+    if x_TX.device.type == "cuda" and conv_gpu.takes(x_TX, weight_XJ):
+        return conv_gpu.ShortConvGPU.apply(x_TX, weight_XJ, conv_gpu.first_tokens(pack), skip)
+    y = ShortConv.apply(x_TX, weight_XJ, pack)
+    return y[skip:] if skip else y

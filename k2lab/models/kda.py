@@ -24,6 +24,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from k2lab.models import kda_gpu
 from k2lab.models.pack import Pack
 
 CHUNK = 32
@@ -259,10 +260,14 @@ def chunk_kda(
     states [S, H, D, V] or None).
 
     As transformers' `chunk_kimi_delta_attention`, plus `pack`: with it B = 1 and documents are those of the pack; without, each
-    row of the batch is a document. States are per document. `chunk_size` must be a power of two. Computed in fp32 or wider.
+    row of the batch is a document. States are per document. `chunk_size` must be a power of two. Computed in fp32 or wider; half
+    precision on CUDA by flash-linear-attention's kernels where they are installed (`kda_gpu`), which have a chunk of their own.
     """
     B, T, H, D = key.shape
     V = value.shape[-1]
+    if kda_gpu.takes(query, value):
+        states = {"initial_state": initial_state, "output_final_state": output_final_state}
+        return kda_gpu.chunk_kda(query, key, value, g, beta, **states, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, pack=pack)
     pack = pack if pack is not None else Pack.rows(B, T, key.device)
     assert pack.num_tokens == B * T, "a pack describes exactly the tokens that are there"
     layout = _layout(pack, chunk_size)
