@@ -32,9 +32,9 @@ KEEP_BYTES = 256 << 20
 class LogitStats:
     """Running per-head maximum of one layer's logits. `exact` is False once only an upper bound (|q| |k| scale) was taken.
 
-    `tau`: on a GPU the exact maximum is taken only where the bound exceeds tau (or always if tau is None would cost a pass, so
-    then never); on a CPU it is always exact, because the scores are there anyway. `active` only inside `TrainModel.hidden` in
-    training, so evaluation, decoding and recomputation do not observe.
+    On a CPU and in a GPU's packed kernel it is always exact, because the scores are there anyway. `tau`: padded groups on a GPU
+    take the exact maximum only where the bound exceeds tau (never if tau is None), since it costs a pass. `active` only inside
+    `TrainModel.hidden` in training, so evaluation, decoding and recomputation do not observe.
     """
 
     tau: float | None = None
@@ -271,7 +271,7 @@ class PackedAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None, None
 
 
-# ---------------------------------------------------------------- GPU: PyTorch's kernels on padded groups
+# ---------------------------------------------------------------- GPU: what no packed kernel takes, on padded groups
 
 
 def attend_on_device(
@@ -317,6 +317,10 @@ def packed(
     """Causal attention within documents, by the way that suits the device. Shapes as in `PackedAttention`."""
     if q_THC.device.type == "cpu":
         return PackedAttention.apply(q_THC, k_THC, v_THV, scale, pack, stats)
+    from k2lab.models import attention_gpu
+
+    if attention_gpu.takes(q_THC, q_THC.shape[2], v_THV.shape[2]):
+        return attention_gpu.ragged(q_THC, k_THC, v_THV, scale, pack, stats)
     return attend_on_device(q_THC, k_THC, v_THV, scale, pack, stats)
 
 

@@ -68,8 +68,8 @@ def _angles(position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Ten
 
 
 class FastMLA(torch.nn.Module):
-    """Mixed into transformers' latent attention classes by `swap`. Packs on the CPU take `LatentAttention`; decoding, masks,
-    other devices and half precision take the class's own forward with the "k2lab" attention function."""
+    """Mixed into transformers' latent attention classes by `swap`. Packs take `LatentAttention`, on the CPU in full and on GPUs
+    in half precision; decoding, masks and everything else take the class's own forward with the "k2lab" attention function."""
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any
@@ -79,21 +79,43 @@ class FastMLA(torch.nn.Module):
         if (
             pack is None
             or past_key_values is not None
-            or hidden_states.device.type != "cpu"
-            or hidden_states.dtype not in (torch.float32, torch.float64)
             or (rotary is not None and not self.config.rope_interleave)
+            or not self._fused(hidden_states)
         ):
             return super().forward(
                 hidden_states=hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
             )
         x_TD = hidden_states[0]
-        q_TX = self.q_proj(x_TD) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
-        kv_a = self.kv_a_proj_with_mqa(x_TD)
-        kv_TX = self.kv_b_proj(self.kv_a_layernorm(kv_a[:, : self.kv_lora_rank]))
+        q_TX, kv_TZ = self._down(x_TD)
+        if self.q_lora_rank is not None:
+            q_TX = self.q_b_proj(self.q_a_layernorm(q_TX))
+        kv_TL, k_rot_TR = kv_TZ.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv_TX = self.kv_b_proj(self.kv_a_layernorm(kv_TL))
         stats: LogitStats = self.k2_stats
-        widths = (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim)
-        angles = None if rotary is None else _angles(rotary)
-        out_TX = LatentAttention.apply(
-            q_TX, kv_TX, kv_a[:, self.kv_lora_rank :], angles, self.num_heads, widths, self.scaling, pack, stats
-        )
+        widths, heads = (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim), self.num_heads
+        if x_TD.device.type == "cpu":
+            angles = None if rotary is None else _angles(rotary)
+            out_TX = LatentAttention.apply(q_TX, kv_TX, k_rot_TR, angles, heads, widths, self.scaling, pack, stats)
+        else:
+            from k2lab.models import attention_gpu
+
+            out_TX = attention_gpu.latent(q_TX, kv_TX, k_rot_TR, rotary, heads, widths, self.scaling, pack, stats)
         return self.o_proj(out_TX)[None], None
+
+    def _down(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two projections of x: queries or their latent, and the latent of keys and values with the rotary key."""
+        query = self.q_proj if self.q_lora_rank is None else self.q_a_proj
+        if x_TD.device.type == "cuda":
+            from k2lab.models import _kda_linear
+
+            if _kda_linear.plain(query, self.kv_a_proj_with_mqa):
+                return _kda_linear.Projections.apply(0, x_TD, query.weight, self.kv_a_proj_with_mqa.weight)
+        return query(x_TD), self.kv_a_proj_with_mqa(x_TD)
+
+    def _fused(self, x: torch.Tensor) -> bool:
+        """True if `LatentAttention` knows x's device and dtype."""
+        if x.device.type == "cpu":
+            return x.dtype in (torch.float32, torch.float64)
+        from k2lab.models import attention_gpu
+
+        return attention_gpu.takes(x, self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)

@@ -49,6 +49,46 @@ class Branches:
         return self.queries.rows.numel() * (self.end - self.start + self.keys.rows.shape[1])
 
 
+class Ragged:
+    """Boundaries of a pack's documents on its device, in a form that a kernel compiled for a shape can share among packs: the
+    number of documents and the longest length are rounded up, empty documents fill the number. Copied once, without waiting.
+
+    `cumulative` i32[num_documents + 1] where documents begin, in order, then `num_tokens`. `firsts` i32[num_documents + 1] and
+    `lengths` i32[num_documents] name the documents from the longest to the shortest: work that begins early may take longest.
+    `even`: all documents have the same length, a multiple of 128; then nothing is rounded up.
+    """
+
+    def __init__(self, starts: Sequence[int], device: torch.device) -> None:
+        documents = sorted(zip(starts, starts[1:]), key=lambda bounds: bounds[0] - bounds[1])
+        lengths = [end - start for start, end in documents]
+        self.num_tokens, self.longest = starts[-1], lengths[0]
+        self.even = lengths[0] == lengths[-1] and self.longest % 128 == 0
+        self.num_documents = len(documents)
+        if not self.even:
+            self.num_documents, self.longest = _rounded(self.num_documents), max(128, 1 << (self.longest - 1).bit_length())
+        fill = [starts[-1]] * (self.num_documents - len(documents))
+        packed = torch.zeros(3, -(-(self.num_documents + 1) // 4) * 4, dtype=torch.int32)  # rows of whole 16 bytes
+        for row, values in zip(packed, ([*starts, *fill], [start for start, _ in documents] + fill + [starts[-1]], lengths)):
+            row[: len(values)] = torch.tensor(values, dtype=torch.int32)
+        if device.type == "cuda":
+            packed = packed.pin_memory().to(device, non_blocking=True)
+        self.cumulative, self.firsts = packed[:2, : self.num_documents + 1]
+        self.lengths = packed[2, : self.num_documents]
+        self._offsets: dict[tuple[int, bool], torch.Tensor] = {}
+
+    def offsets(self, stride: int, wide: bool = False) -> torch.Tensor:
+        """`firsts` times `stride` elements per token, i32, or i64 if `wide`."""
+        if (stride, wide) not in self._offsets:
+            self._offsets[stride, wide] = (self.firsts.long() if wide else self.firsts) * stride
+        return self._offsets[stride, wide]
+
+
+def _rounded(count: int) -> int:
+    """The next power of two, or three quarters of it."""
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
+
+
 @dataclass(frozen=True)
 class Pack:
     """Document boundaries of `num_tokens` packed tokens: `starts[i] .. starts[i + 1]` is document i. On `device`.
@@ -86,6 +126,12 @@ class Pack:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         return tuple(end - start for start, end in zip(self.starts, self.starts[1:]))
+
+    @cached_property
+    def ragged(self) -> Ragged:
+        """The boundaries for kernels that read them on the device."""
+        assert not self.parents, "branches are for the CPU"
+        return Ragged(self.starts, self.device)
 
     @cached_property
     def blocks(self) -> tuple[tuple[int, int, int], ...]:
