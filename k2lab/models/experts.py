@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from k2lab.models import experts_gpu
 from k2lab.models.gemm import grad_input, grad_weight, linear
 
 NAME = "k2lab"
@@ -50,10 +51,15 @@ class FastMLP(torch.nn.Module):
     """Mixed into transformers' gate/up/down MLP classes by `swap`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
         shape = x.shape
-        out = DenseSwiGLU.apply(x.reshape(-1, shape[-1]), self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        many = x.numel() >= experts_gpu.MANY * shape[-1]
+        if x.device.type == "cpu":
+            function: type[torch.autograd.Function] = DenseSwiGLU
+        elif many and x.dtype == self.gate_proj.weight.dtype and experts_gpu.works(x.device):
+            function = experts_gpu.DenseSwiGLUGPU
+        else:
+            return super().forward(x)
+        out = function.apply(x.reshape(-1, shape[-1]), self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         return out.view(shape)
 
 
@@ -117,14 +123,21 @@ class ExpertsSwiGLU(torch.autograd.Function):
 def k2lab_experts(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """transformers' experts function. On a GPU, or for experts of another build than SwiGLU without biases, grouped_mm runs."""
+    """transformers' experts function. On a GPU in bf16 those of `experts_gpu` run; on other devices, in other types, or for
+    experts of another build than SwiGLU without biases, transformers' grouped_mm."""
     # attributes that an older transformers lacks are features that it lacks
-    odd = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+    odd = ("has_bias", "is_transposed", "has_post_expert_norm")
     plain = getattr(self, "has_gate", True) and not any(getattr(self, name, False) for name in odd)
-    if hidden_states.device.type != "cpu" or not plain or self.config.hidden_act != "silu":
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
-    weights = top_k_weights.to(hidden_states.dtype)
-    return ExpertsSwiGLU.apply(hidden_states, top_k_index, weights, self.gate_up_proj, self.down_proj)
+    plain = plain and self.config.hidden_act == "silu"
+    if hidden_states.device.type == "cpu" and plain and not getattr(self, "_is_expert_parallel", False):
+        weights = top_k_weights.to(hidden_states.dtype)
+        return ExpertsSwiGLU.apply(hidden_states, top_k_index, weights, self.gate_up_proj, self.down_proj)
+    if hidden_states.device.type == "cuda" and plain:
+        obstacle = experts_gpu.obstacle(hidden_states, self.gate_up_proj, self.down_proj)
+        if obstacle is None:
+            return experts_gpu.experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+        experts_gpu.say_slower(f"the fused experts are not used, {obstacle}; transformers' grouped_mm runs, which is slower")
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, k2lab_experts)
