@@ -21,6 +21,7 @@ import torch
 
 from k2lab.core.types import Batch
 from k2lab.dist import mesh
+from k2lab.models.gemm import adding_weight_gradients
 
 
 @dataclass
@@ -33,14 +34,28 @@ class StepMetrics:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its arrays as tensors on `device`."""
+    """The batch with its arrays as tensors on `device`.
+
+    For a CUDA device they travel from page-locked memory, behind the work that is queued, so the host does not wait. The document
+    boundaries stay known on the host, as `starts_host_S1`: reading them back from the device would be a wait in every forward
+    pass.
+    """
+    pinned = device.type == "cuda"
 
     def move(array: Any) -> Any:
-        return torch.from_numpy(array).to(device, non_blocking=True) if isinstance(array, np.ndarray) else array
+        if not isinstance(array, np.ndarray):
+            return array
+        tensor = torch.from_numpy(array)
+        return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
     names = ("tokens_T", "targets_T", "weight_T", "positions_T", "starts_S1", "pair_S", "sign_S")
-    moved = {name: move(getattr(batch, name)) for name in names}
-    return dataclasses.replace(batch, **moved, streams_T={name: move(array) for name, array in batch.streams_T.items()})
+    changed = {name: move(getattr(batch, name)) for name in names}
+    changed["streams_T"] = {name: move(array) for name, array in batch.streams_T.items()}
+    moved = dataclasses.replace(batch, **changed)
+    # No field: a batch that is changed on the device (`dataclasses.replace`) loses it and is read back, instead of keeping
+    # boundaries that are no longer its own.
+    object.__setattr__(moved, "starts_host_S1", batch.starts_S1)
+    return moved
 
 
 def coefficient(objective: Any, term: str) -> float:
@@ -85,7 +100,8 @@ def forward_backward(
         factors = {name: coefficient(objective, name) for name in sums}
         loss = sum(value * factors[name] / counts[name] for name, value in sums.items() if factors[name] and counts[name])
         if isinstance(loss, torch.Tensor):
-            loss.backward()
+            with adding_weight_gradients():  # of several micro-batches, where the products can
+                loss.backward()
         _add(totals, sums, maxima(objective))
     mesh.sum_gradients(parameter for _, parameter in model.named_parameters())
     metrics = StepMetrics(dict(model.max_logits()), dict(model.expert_counts()))
@@ -117,7 +133,11 @@ def _add(totals: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], largest
 
 
 def _over_ranks(totals: dict[str, torch.Tensor], largest: tuple[str, ...]) -> dict[str, float]:
+    """The totals over all ranks, on the host: one wait for the device, whatever their number."""
     tops = {name: totals[name].clone() for name in largest if name in totals}
     mesh.reduce_tensors(tops, "max")
-    summed = mesh.sum_values({name: float(value) for name, value in totals.items() if name not in tops})
-    return {**summed, **{name: float(value) for name, value in tops.items()}}
+    if not totals:
+        return {}
+    values = dict(zip(totals, torch.stack([tops.get(name, value).reshape(()) for name, value in totals.items()]).tolist()))
+    summed = mesh.sum_values({name: value for name, value in values.items() if name not in tops})
+    return {**summed, **{name: values[name] for name in tops}}

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
+from k2lab.models import losses_gpu
 from k2lab.models.gemm import grad_input, grad_weight, linear
+
+CHUNK = 1024  # positions of a piece, if the caller does not say
 
 
 def _pieces(mask_T: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
@@ -180,14 +183,22 @@ class LinearLogprobs(torch.autograd.Function):
 
 
 def linear_logprobs(
-    hidden_TD: torch.Tensor, weight_WD: torch.Tensor, targets_T: torch.Tensor, weight_T: torch.Tensor, chunk: int = 1024
+    hidden_TD: torch.Tensor,
+    weight_WD: torch.Tensor,
+    targets_T: torch.Tensor,
+    weight_T: torch.Tensor,
+    chunk: int | None = None,
+    rows: int | None = None,
 ) -> torch.Tensor:
     """log p(target) [T] with gradient for any upstream gradient, fp32 or wider; 0 where the weight is 0.
 
     Logits are hidden W^T. The weight only selects: positions of weight 0 cost nothing, others are not multiplied by it. The
-    backward pass computes logits anew and skips positions whose upstream gradient is 0. The largest temporary is [chunk, W].
+    backward pass computes logits anew and skips positions whose upstream gradient is 0. The largest temporary is [chunk, W];
+    `chunk`, `rows` and CUDA as in `losses.linear_cross_entropy`.
     """
-    return LinearLogprobs.apply(hidden_TD, weight_WD, targets_T, weight_T, None, None, None, chunk)[0]
+    if losses_gpu.takes(hidden_TD, weight_WD):
+        return losses_gpu.LogProbs.apply(hidden_TD, weight_WD, targets_T, weight_T, None, None, None, chunk, rows)[0]
+    return LinearLogprobs.apply(hidden_TD, weight_WD, targets_T, weight_T, None, None, None, chunk or CHUNK)[0]
 
 
 def linear_topk_kl(
@@ -196,16 +207,19 @@ def linear_topk_kl(
     teacher_ids_TK: torch.Tensor,
     teacher_logprobs_TK: torch.Tensor,
     weight_T: torch.Tensor,
-    chunk: int = 1024,
+    chunk: int | None = None,
+    rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum over positions of weight x KL(teacher || student) in nats, a scalar with gradient; the divergences [T], detached, 0
     where the weight is 0), over the teacher's K tokens and one bucket for all others (see the file's head).
 
     `teacher_ids_TK` i64, distinct at each position; `teacher_logprobs_TK` of the whole distribution, the best first, -inf for an
     entry that is not there. Positions of weight 0 cost nothing and are not read. Sums are in fp32 or wider; the largest temporary
-    is [chunk, W].
+    is [chunk, W]; `chunk`, `rows` and CUDA as in `losses.linear_cross_entropy`.
     """
-    return LinearTopkKL.apply(hidden_TD, weight_WD, teacher_ids_TK, teacher_logprobs_TK, weight_T, chunk)
+    if losses_gpu.takes(hidden_TD, weight_WD):
+        return losses_gpu.TopkKL.apply(hidden_TD, weight_WD, teacher_ids_TK, teacher_logprobs_TK, weight_T, chunk, rows)
+    return LinearTopkKL.apply(hidden_TD, weight_WD, teacher_ids_TK, teacher_logprobs_TK, weight_T, chunk or CHUNK)
 
 
 def linear_logprobs_topk_kl(
@@ -216,8 +230,12 @@ def linear_logprobs_topk_kl(
     teacher_ids_TK: torch.Tensor,
     teacher_logprobs_TK: torch.Tensor,
     teacher_T: torch.Tensor,
-    chunk: int = 1024,
+    chunk: int | None = None,
+    rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(`linear_logprobs` of the targets [T], divergences of `linear_topk_kl` [T]) from the same logits, both with gradient for
     any upstream gradient; the divergence is 0 where `weight_T` or `teacher_T` is 0."""
-    return LinearLogprobs.apply(hidden_TD, weight_WD, targets_T, weight_T, teacher_ids_TK, teacher_logprobs_TK, teacher_T, chunk)
+    teacher = (teacher_ids_TK, teacher_logprobs_TK, teacher_T)
+    if losses_gpu.takes(hidden_TD, weight_WD):
+        return losses_gpu.LogProbs.apply(hidden_TD, weight_WD, targets_T, weight_T, *teacher, chunk, rows)
+    return LinearLogprobs.apply(hidden_TD, weight_WD, targets_T, weight_T, *teacher, chunk or CHUNK)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from k2lab.models._distribution import linear_logprobs, linear_logprobs_topk_kl, linear_topk_kl
+from k2lab.models import losses_gpu
+from k2lab.models._distribution import CHUNK, linear_logprobs, linear_logprobs_topk_kl, linear_topk_kl
 from k2lab.models.gemm import grad_input, grad_weight, linear
 
 __all__ = ["linear_cross_entropy", "linear_logprobs", "linear_logprobs_topk_kl", "linear_topk_kl", "token_logprobs"]
@@ -75,21 +76,35 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden_TD: torch.Tensor, weight_WD: torch.Tensor, targets_T: torch.Tensor, weight_T: torch.Tensor, chunk: int = 1024
+    hidden_TD: torch.Tensor,
+    weight_WD: torch.Tensor,
+    targets_T: torch.Tensor,
+    weight_T: torch.Tensor,
+    chunk: int | None = None,
+    rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum over positions of weight x negative log-likelihood in nats, a scalar with gradient; the negative log-likelihoods [T],
     detached, 0 where the weight is 0).
 
-    Logits are hidden W^T. Positions of weight 0 cost nothing. Sums are in fp32 or wider; the largest temporary is [chunk, W].
+    Logits are hidden W^T. Sums are in fp32 or wider; the largest temporary is [chunk, W] (None: 1,024 positions), on CUDA with as
+    many positions as fill half a gigabyte, or 4,096, if `chunk` is less. Positions of weight 0 cost nothing; on CUDA that needs
+    `rows`, a bound on the number of the others that the host knows (`Batch.num_tokens`).
     """
-    return LinearCrossEntropy.apply(hidden_TD, weight_WD, targets_T, weight_T, chunk)
+    if losses_gpu.takes(hidden_TD, weight_WD):
+        return losses_gpu.CrossEntropy.apply(hidden_TD, weight_WD, targets_T, weight_T, chunk, rows)
+    return LinearCrossEntropy.apply(hidden_TD, weight_WD, targets_T, weight_T, chunk or CHUNK)
 
 
 @torch.no_grad()
-def token_logprobs(hidden_TD: torch.Tensor, weight_WD: torch.Tensor, targets_T: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+def token_logprobs(
+    hidden_TD: torch.Tensor, weight_WD: torch.Tensor, targets_T: torch.Tensor, chunk: int | None = None
+) -> torch.Tensor:
     """log p(target) at every position, [T], fp32 or wider, no gradient; in pieces of `chunk` positions."""
+    if losses_gpu.takes(hidden_TD, weight_WD):
+        every_T = torch.ones(len(targets_T), device=hidden_TD.device)
+        return losses_gpu.log_probs(hidden_TD, weight_WD, targets_T, every_T, chunk)
     found = []
-    for first in range(0, len(targets_T), chunk):
-        part = slice(first, first + chunk)
+    for first in range(0, len(targets_T), chunk or CHUNK):
+        part = slice(first, first + (chunk or CHUNK))
         found.append(_softmax_parts(hidden_TD[part], weight_WD, targets_T[part].unsqueeze(1))[0][:, 0])
     return torch.cat(found)

@@ -1,11 +1,47 @@
-"""RMSNorm with a hand-written backward pass: one reduction and two passes over the data each way, no fp32 copies of fp32 inputs.
+"""RMSNorm with a hand-written backward pass.
+
+CPU: one reduction and two passes over the data each way, no fp32 copies of fp32 inputs. CUDA: Triton kernels that read and write
+each tensor once; there a decoder layer's residual sums are part of its norms.
 
 Legend: `T` tokens (all leading axes), `D` normalised width.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import Any
+
 import torch
+
+DTYPES = (torch.bfloat16, torch.float32)
+WIDEST = 16384  # a row is held in registers
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The Triton kernels, or None (said once) where Triton is not installed."""
+    try:
+        from k2lab.models import _norm_triton
+    except ImportError:
+        warnings.warn("triton is not installed: norms on this GPU take transformers' slower path", stacklevel=2)
+        return None
+    return _norm_triton
+
+
+def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """True if the kernels can run: CUDA, bf16 or fp32 throughout, at most `WIDEST` wide, Triton installed."""
+    fits = x.dtype == weight.dtype and x.dtype in DTYPES and x.shape[-1] <= WIDEST
+    return x.device.type == "cuda" and fits and _kernels() is not None
+
+
+def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """[T, D] with neighbouring columns side by side; a copy only if rows are not evenly spaced."""
+    if x is None:
+        return None
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -66,19 +102,113 @@ class GatedRMSNormFunction(torch.autograd.Function):
         return grad_x.to(ctx.dtypes[0]), grad_weight.to(weight.dtype), grad_gate.to(ctx.dtypes[1]), None
 
 
+class RMSNormCUDA(torch.autograd.Function):
+    """`RMSNormFunction` of x + other, in Triton: (y, `copies` times, then x + other rounded to x's dtype, or x itself where
+    `other` is None). The kernel sums the gradients of the copies, and adds that of the last output to the norm's. x and other
+    [..., D], w [D]."""
+
+    @staticmethod
+    def forward(ctx, x, other, weight, eps, copies):
+        y, total, scales = _kernels().forward(_rows(x), weight, eps, other_TD=_rows(other))
+        ctx.save_for_backward(total, scales, weight)
+        ctx.set_materialize_grads(False)
+        ctx.alone, ctx.shape = other is None, x.shape
+        return *(y.view(x.shape) for _ in range(copies)), x if other is None else total.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        total, scales, weight = ctx.saved_tensors
+        grads, grad_x, grad_weight = [_rows(grad) for grad in grads[:-1] if grad is not None], grads[-1], None
+        if grads:
+            grad_x, grad_weight, _ = _kernels().gradients(grads, total, weight, scales, extra_TD=_rows(grad_x))
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None if ctx.alone else grad_x, grad_weight, None, None
+
+
+class Sum(torch.autograd.Function):
+    """a + b + c in one pass, rounded once."""
+
+    @staticmethod
+    def forward(ctx, *parts):
+        return _kernels().sum_of(*(part.contiguous() for part in parts))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad, grad
+
+
+class GatedRMSNormCUDA(torch.autograd.Function):
+    """`GatedRMSNormFunction` in Triton."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gate, eps):
+        x_TD, gate_TD = _rows(x), _rows(gate)
+        y, _, scales = _kernels().forward(x_TD, weight, eps, gate_TD=gate_TD)
+        ctx.save_for_backward(x_TD, gate_TD, scales, weight)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x_TD, gate_TD, scales, weight = ctx.saved_tensors
+        grad_x, grad_weight, grad_gate = _kernels().gradients([_rows(grad)], x_TD, weight, scales, gate_TD=gate_TD)
+        return grad_x.view(grad.shape), grad_weight, grad_gate.view(grad.shape), None
+
+
 class FastGatedRMSNorm(torch.nn.Module):
-    """Mixed into Kimi Linear's gated RMSNorm by `swap`; on a GPU the class's own forward stays."""
+    """Mixed into Kimi Linear's gated RMSNorm by `swap`."""
 
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        if hidden_states.device.type != "cpu" or self.activation != "sigmoid":
-            return super().forward(hidden_states, gate)
-        return GatedRMSNormFunction.apply(hidden_states, self.weight, gate, self.variance_epsilon)
+        if self.activation == "sigmoid":
+            if hidden_states.device.type == "cpu":
+                return GatedRMSNormFunction.apply(hidden_states, self.weight, gate, self.variance_epsilon)
+            if takes(hidden_states, self.weight) and gate.dtype == hidden_states.dtype:
+                return GatedRMSNormCUDA.apply(hidden_states, self.weight, gate, self.variance_epsilon)
+        return super().forward(hidden_states, gate)
 
 
 class FastRMSNorm(torch.nn.Module):
-    """Mixed into transformers' RMSNorm classes by `swap`; on a GPU the class's own forward stays."""
+    """Mixed into transformers' RMSNorm classes by `swap`."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.device.type != "cpu":
-            return super().forward(hidden_states)
-        return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
+        if hidden_states.device.type == "cpu":
+            return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
+        if takes(hidden_states, self.weight):
+            return RMSNormCUDA.apply(hidden_states, None, self.weight, self.variance_epsilon, 1)[0]
+        return super().forward(hidden_states)
+
+
+def _normed(norm: torch.nn.Module, x: torch.Tensor, other: torch.Tensor | None, copies: int) -> tuple[torch.Tensor, ...]:
+    return RMSNormCUDA.apply(x, other, norm.weight, norm.variance_epsilon, copies)
+
+
+MIXTURES = ("DeepseekV3MoE", "KimiLinearMoE")  # their forward is in `FastDecoderLayer._mixture`
+
+
+class FastDecoderLayer(torch.nn.Module):
+    """Mixed into transformers' pre-norm decoder layers by `swap`. On CUDA, without a cache, the residual stream forks and joins
+    inside the norms, and the inputs of router, experts and shared experts fork there too: the sum after attention and the sums of
+    gradients cost no pass of their own. Otherwise the class's own forward."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        ours = isinstance(first, FastRMSNorm) and isinstance(second, FastRMSNorm)
+        if args or not ours or kwargs.get("past_key_values") is not None or not takes(hidden_states, first.weight):
+            return super().forward(hidden_states, *args, **kwargs)
+        if hasattr(self.self_attn, "forget_gate"):  # KDA names its cache differently and wants no positions
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "use_cache")}
+        x, residual = _normed(first, hidden_states, None, 1)
+        mixed = self.self_attn(hidden_states=x, **kwargs)
+        mixed = mixed[0] if isinstance(mixed, tuple) else mixed
+        hooked = self.mlp._forward_hooks or self.mlp._forward_pre_hooks
+        if type(self.mlp).__name__ in MIXTURES and not hooked:
+            return self._mixture(*_normed(second, residual, mixed, 3))
+        x, residual = _normed(second, residual, mixed, 1)
+        return residual + self.mlp(x)
+
+    def _mixture(
+        self, for_router: torch.Tensor, for_experts: torch.Tensor, for_shared: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """residual + routed experts + shared experts of one input, given three times."""
+        _, weights, chosen = self.mlp.gate(for_router)
+        routed = self.mlp.experts(for_experts.view(-1, for_experts.shape[-1]), chosen, weights)
+        return Sum.apply(residual, routed.view(residual.shape), self.mlp.shared_experts(for_shared))

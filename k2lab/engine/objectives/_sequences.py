@@ -77,7 +77,8 @@ class Policy:
 
 def policy(model: Any, batch: Batch, chunk: int) -> Policy:
     """Log-probabilities and log-ratios of the batch under the model, with gradient."""
-    logp_T = linear_logprobs(model.hidden(batch), model.head(), batch.targets_T, batch.weight_T, chunk=chunk)
+    rows = batch.num_tokens or None
+    logp_T = linear_logprobs(model.hidden(batch), model.head(), batch.targets_T, batch.weight_T, chunk=chunk, rows=rows)
     ptx_T = batch.streams_T["ptx"]
     weight_T = torch.where(ptx_T == 0, batch.weight_T, 0.0)
     delta_T = torch.where(weight_T != 0, logp_T - batch.streams_T["logprobs"], 0.0)

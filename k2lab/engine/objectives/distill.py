@@ -61,10 +61,12 @@ class Distill:
 
         hidden, head, targets, weight = model.hidden(batch), model.head(), batch.targets_T, batch.weight_T
         if not self.kl_weight:
-            return {"lm": linear_cross_entropy(hidden, head, targets, weight, chunk=self.chunk)[0]}
+            return {"lm": linear_cross_entropy(hidden, head, targets, weight, chunk=self.chunk, rows=batch.num_tokens or None)[0]}
         ids, logprobs, teacher = (batch.streams_T[name] for name in self.STREAMS)
         if not self.lm_weight:
             known = weight * (teacher != 0)
-            return {"kl": linear_topk_kl(hidden, head, ids, logprobs, known, chunk=self.chunk)[0]}
-        logp, kl = linear_logprobs_topk_kl(hidden, head, targets, weight, ids, logprobs, teacher, chunk=self.chunk)
+            return {"kl": linear_topk_kl(hidden, head, ids, logprobs, known, chunk=self.chunk, rows=batch.num_tokens or None)[0]}
+        logp, kl = linear_logprobs_topk_kl(
+            hidden, head, targets, weight, ids, logprobs, teacher, chunk=self.chunk, rows=batch.num_tokens or None
+        )
         return {"lm": -(logp * weight).sum(), "kl": (kl * weight).sum()}

@@ -69,7 +69,9 @@ class DPO:
         from k2lab.engine.objectives._sequences import sequence_sums, sides
         from k2lab.models.losses import linear_logprobs
 
-        logp_T = linear_logprobs(model.hidden(batch), model.head(), batch.targets_T, batch.weight_T, chunk=self.chunk)
+        logp_T = linear_logprobs(
+            model.hidden(batch), model.head(), batch.targets_T, batch.weight_T, chunk=self.chunk, rows=batch.num_tokens or None
+        )
         weight_T = batch.weight_T
         chosen, rejected = sides(batch)
         logp_S = sequence_sums(logp_T * weight_T, batch.starts_S1)

@@ -28,5 +28,7 @@ class LM:
         """{"lm": sum of weight x negative log-likelihood}, a scalar with gradient."""
         from k2lab.models.losses import linear_cross_entropy
 
-        total, _ = linear_cross_entropy(model.hidden(batch), model.head(), batch.targets_T, batch.weight_T, chunk=self.chunk)
+        total, _ = linear_cross_entropy(
+            model.hidden(batch), model.head(), batch.targets_T, batch.weight_T, chunk=self.chunk, rows=batch.num_tokens or None
+        )
         return {"lm": total}
