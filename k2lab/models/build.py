@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +77,24 @@ def _class_of(spec: ModelSpec) -> type:
 def from_spec(spec: ModelSpec, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TrainModel:
     """A fresh model. Every tensor is a function of (seed, its name, its shape) alone, not of module order, rank or torch
     version."""
+    hf = blank(spec, device)
+    for name, tensor in hf.named_parameters():
+        _fill(tensor, name, seed, spec.initializer_range)
+        if spec.local_heads:
+            local_heads.begin(tensor, name, seed, spec)
+    return TrainModel(hf, spec).to(dtype=dtype)
+
+
+def blank(spec: ModelSpec, device: torch.device | str = "cpu") -> Any:
+    """transformers' model of this shape in fp32, buffers set, parameters not: they hold whatever was in memory."""
     if torch.device(device).type == "cpu":
         cpu.keep_memory()
     with torch.device("meta"):
         hf = _class_of(spec)(hf_config(spec))
     hf.to_empty(device=device)
     hf.tie_weights()
-    for name, tensor in hf.named_parameters():
-        _fill(tensor, name, seed, spec.initializer_range)
-        if spec.local_heads:
-            local_heads.begin(tensor, name, seed, spec)
-    _fill_buffers(hf, spec)
-    return TrainModel(hf, spec).to(dtype=dtype)
+    _fill_buffers(hf)
+    return hf
 
 
 def initial(name: str, shape: tuple[int, ...], seed: int, std: float) -> np.ndarray:
@@ -122,7 +130,7 @@ def _fill(tensor: torch.Tensor, name: str, seed: int, std: float) -> None:
 
 
 @torch.no_grad()
-def _fill_buffers(hf: Any, spec: ModelSpec) -> None:
+def _fill_buffers(hf: Any) -> None:
     """Buffers that `to_empty` left unset: router biases start at 0, rotary frequencies follow from the config."""
     for name, buffer in hf.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -152,50 +160,67 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     return table
 
 
+# Tensors of a vision-language checkpoint (Kimi K2.5 and later, Kimi-VL): the text tower's have this prefix, these others are not
+# ours.
+TOWER = "language_model."
+VISION = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
+
+
 def load(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TrainModel:
     """A model from a folder with config.json and safetensors, in the released tensor names: Kimi K2, DeepSeek-V3, Moonlight,
-    Kimi Linear, Qwen2, Llama.
+    Kimi Linear, Qwen2, Llama; of Kimi K2.5 and later the text tower, under the names that it has without its prefix.
 
-    Raises CheckpointError for a folder that is incomplete or quantised, RecipeError for other models (Kimi K3 among them).
+    Vision tensors are left where they are, and a warning counts them. Raises CheckpointError for a folder that is incomplete or
+    quantised, RecipeError for other models (Kimi K3 among them).
     """
     table = read_config(path)
-    if table.get("quantization_config"):
+    text = table["text_config"] if isinstance(table.get("text_config"), dict) else table
+    quantised = table.get("quantization_config") or text.get("quantization_config")
+    if quantised:
         raise CheckpointError(
             f"{path} holds quantised weights",
-            got=table["quantization_config"].get("quant_method"),
+            got=quantised.get("quant_method"),
             allowed="fp32, bf16 or fp16 safetensors",
             next="Convert it to bf16 first",
         )
-    if isinstance(table.get("text_config"), dict):
-        raise CheckpointError(
-            f"{path} is a vision-language model", allowed="text models", next="Extract its language model first"
-        )
     spec = ModelSpec.from_config(table, name=Path(path).name)
-    if table.get("attention_dropout"):
+    if text.get("attention_dropout"):
         raise RecipeError(
-            "attention dropout is not supported", where=f"{path}/config.json", got=table["attention_dropout"], allowed="0"
+            "attention dropout is not supported", where=f"{path}/config.json", got=text["attention_dropout"], allowed="0"
         )
+    hf, info = _read(path, spec, dtype, device, {} if text is table else {"key_mapping": {rf"^{re.escape(TOWER)}": ""}})
+    unexpected = [name for name in info["unexpected_keys"] if not re.search(r"inv_freq$|\.layers\.61\.", name)]
+    vision = [name for name in unexpected if text is not table and name.startswith(VISION)]
+    odd = [*info["missing_keys"], *(set(unexpected) - set(vision)), *(str(name) for name in info["mismatched_keys"])]
+    if odd:
+        raise CheckpointError(
+            f"the tensors in {path} are not those of its config.json: {len(odd)} are missing, unexpected or of another shape",
+            got=", ".join(sorted(map(str, odd))[:5]),
+        )
+    if vision:
+        parts = Counter(name.split(".", 1)[0] for name in vision)
+        shown = ", ".join(f"{count} of {part}" for part, count in sorted(parts.items()))
+        warnings.warn(f"{path}: the text tower was loaded; vision tensors were skipped: {shown}", stacklevel=2)
+    return TrainModel(hf, spec).to(device=device)
+
+
+def _read(
+    path: Path | str, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str, more: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """transformers' model and what its loader says of missing and unexpected tensors."""
     if torch.device(device).type == "cpu":
         cpu.keep_memory()
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        hf, info = _class_of(spec).from_pretrained(
-            str(path), config=hf_config(spec), dtype=dtype, output_loading_info=True, local_files_only=True
+        return _class_of(spec).from_pretrained(
+            str(path), config=hf_config(spec), dtype=dtype, output_loading_info=True, local_files_only=True, **more
         )
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-    unexpected = [name for name in info["unexpected_keys"] if not re.search(r"inv_freq$|\.layers\.61\.", name)]
-    odd = [*info["missing_keys"], *unexpected, *(str(name) for name in info["mismatched_keys"])]
-    if odd:
-        raise CheckpointError(
-            f"the tensors in {path} are not those of its config.json: {len(odd)} are missing, unexpected or of another shape",
-            got=", ".join(sorted(map(str, odd))[:5]),
-        )
-    return TrainModel(hf, spec).to(device=device)
 
 
 def save(model: TrainModel, folder: Path | str) -> None:

@@ -131,9 +131,15 @@ class TrainModel:
         positions_T = torch.as_tensor(batch.positions_T, device=device).long()
         parent_S = getattr(batch, "parent_S", None)
         assert parent_S is None or self.shares_stems, "this model needs a copy of the beginning in every document"
-        pack = Pack.of(batch.starts_S1, device, parent_S)
+        # `engine.step.to_device` leaves the boundaries on the host, too: reading them back would wait for the device
+        pack = Pack.of(getattr(batch, "starts_host_S1", batch.starts_S1), device, parent_S)
+        # transformers leaves a mask of four axes as it is. Without one it would ask the device, and wait, whether positions begin
+        # anew somewhere. Attention with a pack reads no mask.
+        mask = tokens_T.new_empty(1, 1, 1, 1)
         with self._observing(self.training and torch.is_grad_enabled(), pack.times_T):
-            out = self.hf.base_model(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, k2_pack=pack)
+            out = self.hf.base_model(
+                input_ids=tokens_T[None], attention_mask=mask, position_ids=positions_T[None], use_cache=False, k2_pack=pack
+            )
         return out.last_hidden_state[0]
 
     def head(self) -> torch.Tensor:

@@ -116,9 +116,11 @@ def from_config(config: dict[str, Any], name: str | None = None) -> dict[str, An
     if not isinstance(config, dict):
         raise RecipeError("a config.json holds one JSON object", got=config)
     outer = config.get("_name_or_path") or config.get("model_type")
-    if isinstance(config.get("text_config"), dict):  # Kimi K2.5: the text tower inside a vision-language model
-        config = config["text_config"]
     _refuse_k3(config)
+    if isinstance(config.get("text_config"), dict):  # Kimi K2.5, Kimi-VL: the text tower inside a vision-language model
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+        config = ids | {key: value for key, value in config["text_config"].items() if key not in ids or value is not None}
+        _refuse_k3(config)
     if config.get("kv_lora_rank"):
         linear = isinstance(config.get("linear_attn_config"), dict) or bool(config.get("linear_num_heads"))
         values = _read_latent(config) | (_read_linear(config) if linear else _read_k2(config))

@@ -38,6 +38,17 @@ def test_deepseek_v3_and_text_tower():
     assert tower.name == "kimi_k25"
 
 
+def test_text_tower_takes_token_ids_from_the_outer_config_and_k3_is_found_in_either():
+    text = specs.get("kimi-k2").config()
+    outer = {"model_type": "kimi_k25", "text_config": text | {"eos_token_id": None}, "eos_token_id": 163586}
+    assert ModelSpec.from_config(outer).eos_token_id == 163586
+    k3 = {"attn_res_block_size": 12}
+    linear = specs.get("kimi-linear-48b").config()
+    for config in ({"text_config": linear | k3}, {"text_config": linear} | k3):
+        with pytest.raises(RecipeError, match="Kimi K3"):
+            ModelSpec.from_config(config)
+
+
 def test_modern_rope_parameters():
     config = specs.get("kimi-k2").config()
     table = config.pop("rope_scaling")

@@ -34,6 +34,24 @@ def test_kimi_k2_bytes_and_cache():
     assert k2.state_bytes() == k2.conv_state_bytes() == 0
 
 
+def test_mini_2b_is_the_proxy_that_speed_is_measured_on():
+    proxy = specs.get("mini-2b")
+    assert proxy.total() == 2_321_979_712
+    flops = proxy.flops_per_token(4096)
+    assert round(sum(flops.values()) / 1e6) == 3337
+    assert flops["mla"] == 3 * 6 * 16 * (192 + 128) * 4096
+    assert proxy.softmax_scale() == 192**-0.5
+
+
+@pytest.mark.parametrize("name", ["mini-2b", "mini-k2", "mini-linear"])
+def test_mini_models_have_the_true_head_geometry(name):
+    mini, big = specs.get(name), specs.get("kimi-linear-48b" if name == "mini-linear" else "kimi-k2")
+    for field in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "linear_head_dim"):
+        assert getattr(mini, field) == getattr(big, field), field
+    if name != "mini-2b":
+        assert 0.3e9 < mini.total() < 1e9
+
+
 def test_int4_bytes_are_packed_weights_and_scales():
     tiny = specs.get("tiny-k2")
     experts = tiny.parameters()["routed_experts"]
