@@ -27,6 +27,7 @@ from k2lab.core.errors import RecipeError, did_you_mean
 from k2lab.core.stage import Stage, parent_fields
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
+BARE = ("tiny", "mini")  # folders whose recipes are called without them
 TOP_KEYS = ("model", "seed", "description", "base", "stage")
 STAGE_KEYS = ("name", "type", "after", "skip")
 
@@ -86,11 +87,15 @@ class Recipe:
 
 def shipped() -> list[str]:
     """Names of the recipes inside the package: `tiny`, `k2/continual_pretrain`, ..."""
-    found = []
-    for path in sorted(SHIPPED.rglob("*.toml")):
-        inside = path.relative_to(SHIPPED).with_suffix("").as_posix()
-        found.append(inside[len("tiny/") :] if inside.startswith("tiny/") else inside)
-    return found
+    return [_name_of(path) for path in sorted(SHIPPED.rglob("*.toml"))]
+
+
+def _name_of(path: Path) -> str:
+    """A shipped recipe's name, or that of a user's file."""
+    if not path.is_relative_to(SHIPPED):
+        return path.stem
+    inside = path.relative_to(SHIPPED).with_suffix("")
+    return inside.name if inside.parts[0] in BARE else inside.as_posix()
 
 
 def find(name: str) -> Path:
@@ -102,7 +107,7 @@ def find(name: str) -> Path:
         raise RecipeError(
             f"there is no recipe file {name!r}", next="Give a path that exists, or a shipped name from `k2 list recipes`"
         )
-    for inside in (f"{name}.toml", f"tiny/{name}.toml"):
+    for inside in (f"{name}.toml", *(f"{folder}/{name}.toml" for folder in BARE)):
         if (SHIPPED / inside).is_file():
             return SHIPPED / inside
     if path.is_dir() and (path / "recipe.resolved.toml").is_file():
@@ -122,8 +127,7 @@ def load(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     tree = _read(path, origins, seen=())
     for text in overrides:
         _override(tree, text, origins)
-    inside = path.relative_to(SHIPPED).with_suffix("").as_posix() if path.is_relative_to(SHIPPED) else path.stem
-    return _build(inside.removeprefix("tiny/"), path, tree, origins)
+    return _build(_name_of(path), path, tree, origins)
 
 
 # ---------------------------------------------------------------- reading and merging

@@ -32,20 +32,30 @@ LOG_TINY = math.log(torch.finfo(torch.float32).tiny)  # the student's remainder 
 
 
 @cache
+def _say(reason: str) -> None:
+    """Says once per reason that a slower path is taken."""
+    warnings.warn(f"{reason}: losses on this GPU take a slower path, in which the host waits for the device", stacklevel=3)
+
+
+@cache
 def _kernels() -> ModuleType | None:
     """The Triton kernels, or None (said once) where Triton is not installed."""
     try:
         from k2lab.models import _losses_triton
     except ImportError:
-        warnings.warn("triton is not installed: losses on this GPU take a slower path that synchronises the host", stacklevel=2)
+        _say("triton is not installed")
         return None
     return _losses_triton
 
 
 def takes(hidden_TD: torch.Tensor, weight_WD: torch.Tensor) -> bool:
-    """True if the functions below can run: CUDA, bf16 or fp32 throughout, Triton installed."""
-    same = hidden_TD.dtype == weight_WD.dtype and hidden_TD.dtype in DTYPES
-    return hidden_TD.device.type == "cuda" and same and _kernels() is not None
+    """True if the functions below can run: CUDA, bf16 or fp32 throughout, Triton installed. On CUDA it is said once why not."""
+    if hidden_TD.device.type != "cuda":
+        return False
+    if hidden_TD.dtype != weight_WD.dtype or hidden_TD.dtype not in DTYPES:
+        _say(f"hidden states are {hidden_TD.dtype} and the head {weight_WD.dtype}, not both bfloat16 or float32")
+        return False
+    return _kernels() is not None
 
 
 def piece_rows(W: int, itemsize: int) -> int:

@@ -20,20 +20,31 @@ WIDEST = 16384  # a row is held in registers
 
 
 @cache
+def _say(reason: str) -> None:
+    """Says once per reason that a slower path is taken."""
+    warnings.warn(f"{reason}: norms on this GPU take transformers' slower path", stacklevel=3)
+
+
+@cache
 def _kernels() -> ModuleType | None:
     """The Triton kernels, or None (said once) where Triton is not installed."""
     try:
         from k2lab.models import _norm_triton
     except ImportError:
-        warnings.warn("triton is not installed: norms on this GPU take transformers' slower path", stacklevel=2)
+        _say("triton is not installed")
         return None
     return _norm_triton
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """True if the kernels can run: CUDA, bf16 or fp32 throughout, at most `WIDEST` wide, Triton installed."""
-    fits = x.dtype == weight.dtype and x.dtype in DTYPES and x.shape[-1] <= WIDEST
-    return x.device.type == "cuda" and fits and _kernels() is not None
+    """True if the kernels can run: CUDA, bf16 or fp32 throughout, at most `WIDEST` wide, Triton installed. On CUDA it is said
+    once why not."""
+    if x.device.type != "cuda":
+        return False
+    if x.dtype != weight.dtype or x.dtype not in DTYPES or x.shape[-1] > WIDEST:
+        _say(f"inputs are {x.dtype}, weights {weight.dtype}, width {x.shape[-1]}; kernels take bfloat16 or float32 to {WIDEST}")
+        return False
+    return _kernels() is not None
 
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from k2lab.models import losses, losses_gpu
+from k2lab.models import losses, losses_gpu, norm
 from k2lab.models._distribution import LinearLogprobs, LinearTopkKL
 
 T, D, W, K = 300, 16, 83, 5
@@ -161,6 +161,15 @@ def test_pieces_fill_half_a_gigabyte_unless_more_is_asked_for(monkeypatch: pytes
     monkeypatch.setattr(losses_gpu, "BUFFER", 1 << 27)
     assert [losses_gpu._Logits(hidden, head, chunk).chunk for chunk in (None, 7, 1500)] == [1024, 1024, 1500]
     assert losses_gpu._Logits(hidden[:5], head, None).chunk == 5
+
+
+@pytest.mark.parametrize("room", [losses_gpu, norm], ids=["losses", "norms"])
+def test_a_type_that_no_kernel_takes_is_said_once(room, recwarn: pytest.WarningsRecorder) -> None:
+    room._say.cache_clear()
+    half = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float16, shape=(3, 8))
+    assert not room.takes(half, half) and not room.takes(half, half)
+    assert [("float16" in str(each.message), "slower path" in str(each.message)) for each in recwarn.list] == [(True, True)]
+    assert not room.takes(torch.ones(3, 8), torch.ones(8)) and len(recwarn.list) == 1
 
 
 @pytest.mark.parametrize("device", [CUDA])

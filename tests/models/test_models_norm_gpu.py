@@ -40,7 +40,7 @@ def _backward(grads, x, weight, scales, gate_TD=None, extra_TD=None):
 def _kernels_on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if getattr(request.node, "callspec", None) is not None and request.node.callspec.params.get("device") == "cpu":
         monkeypatch.setattr(
-            norm, "_kernels", lambda: SimpleNamespace(forward=_forward, backward=_backward, sum_of=lambda a, b, c: a + b + c)
+            norm, "_kernels", lambda: SimpleNamespace(forward=_forward, gradients=_backward, sum_of=lambda a, b, c: a + b + c)
         )
 
 

@@ -5,7 +5,7 @@ import pytest
 from k2lab import cli, specs
 from k2lab.core import recipe as recipes
 
-MINI = [name for name in recipes.shipped() if name.rsplit("/", 1)[-1] in ("mini", "mini-linear")]
+MINI = [name for name in recipes.shipped() if name in ("mini", "mini-linear")]
 
 
 def test_both_are_shipped():
