@@ -5,8 +5,8 @@ Legend: `B` matrices in a stack, `M` rows, `N` columns, M <= N: `x_BMN`, `gram_B
 The products come from outside (`_ns_triton` on a GPU, plain torch in tests), so that the mathematics can be checked anywhere.
 
 float16 resolves eight times finer than bfloat16 at almost the same speed (it draws more power) but has a short range. Entries
-here are at most about 1.3 (X), 1.6 (Gram), 3 or 41 (polynomials), so each matrix is kept times a power of two that puts its largest
-entries near the top: what float16 then loses is below 1e-9. Matrices as they come, before their norm is known, are bfloat16.
+here are at most about 1.3 (X), 1.6 (Gram), 3 or 41 (polynomials), so each matrix is kept times a power of two that puts its
+largest entries near the top: what float16 then loses is below 1e-9. Matrices as they come, their norm unknown, are bfloat16.
 """
 
 from __future__ import annotations
