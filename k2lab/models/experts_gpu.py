@@ -25,7 +25,6 @@ from k2lab.models.gemm import room, sum_grad_weight
 ALIGN = 128  # rows of a tile
 MANY = 1024  # tokens from which on an MLP's fused path pays; it copies gate and up into one matrix
 NT, NN, TN, PAIR = 0, 1, 2, 3  # what is multiplied, and
-FUSED = False
 STORE, ADD, SWIGLU = 0, 1, 2  # what is done with the result, as in `_experts_gluon`
 
 
@@ -170,12 +169,6 @@ def combine(rows_RD: torch.Tensor, at: Route) -> torch.Tensor:
     return out_TD
 
 
-def _slot_sums(sums_XR: torch.Tensor, at: Route) -> torch.Tensor:
-    """Rows' partial sums [X, R] added up, at the rows' slots; 0 for slots without a row."""
-    row_N = at.row_N
-    return torch.where(row_N >= 0, sums_XR[:, row_N.clamp(min=0)].sum(0), 0.0)
-
-
 # ---------------------------------------------------------------- products on Hopper
 
 
@@ -229,24 +222,6 @@ def rows_product(a_RC: torch.Tensor, weights: torch.Tensor, at: Route, transpose
     out, wide = a_RC.new_empty(at.num_rows, columns[0]), 256 if columns[0] % 256 == 0 else 128
     _product(a_RC, weights.view(-1, weights.shape[2]), at, NT if transposed else NN, STORE, out, columns, wide)
     return out
-
-
-def down_grad(
-    grad_RD: torch.Tensor, down: torch.Tensor, pre_RF2: torch.Tensor, weight_N: torch.Tensor, at: Route
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the gradient at the rows' outputs: (gradient of gate and up [R, 2F], weighted act [R, F], gradient of the weights
-    fp32[N])."""
-    from k2lab.models import _experts_gluon as kernels
-
-    D, F = down.shape[1:]
-    grad_pre, act = torch.empty_like(pre_RF2), pre_RF2.new_empty(at.num_rows, F)
-    sums, sms = torch.empty(F // 128, at.num_rows, device=grad_RD.device), _sms(grad_RD.device.index)
-    kernels.down_grad_kernel[(sms,)](
-        _tiles(grad_RD, 128, 64), _tiles(down.view(-1, F), 64, 128), _tiles(pre_RF2, 64, 64), _tiles(grad_pre, 64, 64),
-        _tiles(act, 64, 64), at.expert_M, at.ends_E, at.slot_R, weight_N, sums, at.num_rows, F, D, at.num_experts,
-        8, sms, 128, 4, _layout(), num_warps=4,
-    )  # fmt: skip
-    return grad_pre, act, _slot_sums(sums, at)
 
 
 def weights_product(a_RO: torch.Tensor, b_RC: torch.Tensor, at: Route, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -326,11 +301,9 @@ class ExpertsGPU(torch.autograd.Function):
         into_up, into_down = room(gate_up), room(down)
         grad_rows = spread(grad.contiguous(), at)
         if ctx.fast:
-            if FUSED:
-                grad_pre, act, grad_weight_N = down_grad(grad_rows, down, pre, weight_N, at)
-            else:
-                grad_act = rows_product(grad_rows, down, at, transposed=False)
-                grad_pre, act, grad_weight_N = _swiglu_grad(grad_act, pre, weight_N, at)
+            grad_act = rows_product(grad_rows, down, at, transposed=False)
+            grad_pre, act, grad_weight_N = _swiglu_grad(grad_act, pre, weight_N, at)
+            del grad_act
             grad_down = weights_product(grad_rows, act, at, into_down)
             del grad_rows, act
             grad_x = combine(rows_product(grad_pre, gate_up, at, transposed=False), at)
