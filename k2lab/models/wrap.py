@@ -165,8 +165,9 @@ class TrainModel:
     # ------------------------------------------------------------ observations
 
     def capture_max_logits(self, tau: float | None = None) -> None:
-        """Sets the threshold of QK-Clip. On a CPU maxima are exact at every step whatever it is. On a GPU they are upper bounds
-        (which suffice while they are below `tau`), and exact in layers where a bound exceeds `tau`."""
+        """Sets the threshold of QK-Clip. On a CPU maxima are exact at every step whatever it is. On a GPU they are exact
+        where cuDNN's kernel attends; elsewhere upper bounds (which suffice while they are below `tau`), and exact in layers where
+        a bound exceeds `tau`."""
         for stats in self._stats.values():
             stats.tau = tau
 
