@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -37,20 +38,30 @@ def test_killed_and_resumed_equals_never_interrupted(spec, tmp_path):
     expected = weights_of(tmp_path / "whole")
     assert any(name.endswith("model.safetensors") for name in expected)
     draw = rng(int(time.time()), "kills")  # other moments in every run of the suite; the figure is printed on failure
+    kills = attempts = 0
+    while kills < 5 and attempts < 5:  # beside other work a run may be over before the kill reaches it: then again, from nothing
+        kills += killed_and_finished(recipe, tmp_path / f"killed{attempts}", draw, tmp_path / "whole", expected)
+        attempts += 1
+    assert kills >= 5
+
+
+def killed_and_finished(recipe: Path, run_dir: Path, draw: Any, whole: Path, expected: dict[str, str]) -> int:
+    """Runs a recipe with kills at eight moments, finishes it, and compares it with the run that was never interrupted; the number
+    of kills that reached a running process."""
     moments = [("instructions", 0), ("corpus", 0), ("tokenizer", 0), ("tokenize", 0)]
     moments += [("pretrain", int(draw.integers(0, 12))), ("pretrain", 11), ("sft", int(draw.integers(0, 8))), ("evaluate", 0)]
     kills = 0
     for stage, step in moments:
-        process = start(recipe, tmp_path / "killed")
-        wait_for(tmp_path / "killed", stage, step, process)
+        process = start(recipe, run_dir)
+        wait_for(run_dir, stage, step, process)
         time.sleep(float(draw.random()) * 0.15)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-    assert kills >= 5
-    forked.finish("run", recipe, "--run-dir", tmp_path / "killed", "--quiet")
-    assert weights_of(tmp_path / "killed") == expected, f"killed at {moments}"
-    whole, killed = ([e for e in read(tmp_path / d / "events") if e["kind"] == "step"] for d in ("whole", "killed"))
-    assert [(e["stage"], e["step"], e["losses"]) for e in whole] == [(e["stage"], e["step"], e["losses"]) for e in killed]
+    forked.finish("run", recipe, "--run-dir", run_dir, "--quiet")
+    assert weights_of(run_dir) == expected, f"killed at {moments}"
+    steps, again = ([e for e in read(folder / "events") if e["kind"] == "step"] for folder in (whole, run_dir))
+    assert [(e["stage"], e["step"], e["losses"]) for e in steps] == [(e["stage"], e["step"], e["losses"]) for e in again]
+    return kills
 
 
 @pytest.mark.slow
