@@ -28,6 +28,7 @@ from torch import nn
 from k2lab.core.rng import rng
 from k2lab.models import _kda_choices, kda_gpu
 from k2lab.models.delta import FastKDA
+from k2lab.models.norm import FastGatedRMSNorm
 from k2lab.models.pack import Pack
 
 HEADS, WIDTH, HIDDEN = 32, 128, 2304
@@ -51,7 +52,7 @@ class Gate(nn.Module):
         self.A_log = nn.Parameter(torch.empty(1, 1, HEADS, 1).uniform_(1, 16).log())
 
 
-class GatedNorm(nn.Module):
+class GatedNorm(FastGatedRMSNorm):
     def __init__(self) -> None:
         super().__init__()
         self.weight, self.variance_epsilon, self.activation = nn.Parameter(torch.ones(WIDTH)), 1e-5, "sigmoid"

@@ -1,4 +1,4 @@
-"""Triton kernels around Kimi Delta Attention: short convolution with SiLU over packed documents, unit vectors, gated RMSNorm.
+"""Triton kernels around Kimi Delta Attention: short convolution with SiLU over packed documents, unit vectors.
 
 Imported lazily, on CUDA only (it needs triton). All arithmetic is fp32; inputs and outputs keep their own dtype. Sums over tokens
 (gradients of weights) are written per program and added afterwards, so that results do not depend on the order of programs.
@@ -128,70 +128,3 @@ def unit_forward(x: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Tensor, torc
     BR, BD = 32, triton.next_power_of_2(D)
     _unit_forward[(triton.cdiv(R, BR),)](x, y, scale, R, eps, D, BR, BD, num_warps=4)
     return y, scale
-
-
-# ---------------------------------------------------------------- gated RMSNorm
-
-
-@triton.jit(do_not_specialize=["R"])
-def _norm_forward(x, weight, gate, y, R, eps, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
-    """y = w x / sqrt(mean(x^2) + eps) sigmoid(gate)."""
-    rows, columns = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BD)
-    place = rows[:, None] * D + columns[None, :]
-    inside = (rows < R)[:, None] & (columns < D)[None, :]
-    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32))
-    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(values * values, 1) / D + eps)
-    result = values * inverse[:, None] * w[None, :] * share
-    tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["R"])
-def _norm_backward(x, weight, gate, grad, grad_x, grad_gate, parts, R, eps, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
-    columns = tl.arange(0, BD)
-    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
-    grad_w = tl.zeros((BD,), dtype=tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(R, BR), tl.num_programs(0)):
-        rows = (block * BR + tl.arange(0, BR)).to(tl.int64)
-        place = rows[:, None] * D + columns[None, :]
-        inside = (rows < R)[:, None] & (columns < D)[None, :]
-        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        share = tl.sigmoid(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32))
-        out = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(values * values, 1) / D + eps)[:, None]
-        unit = values * inverse
-        through = out * share  # gradient of w unit
-        grad_w += tl.sum(through * unit, 0)
-        through *= w[None, :]
-        of_gate = through * unit * (1.0 - share)
-        of_x = (through - unit * (tl.sum(through * unit, 1) / D)[:, None]) * inverse
-        tl.store(grad_gate + place, of_gate.to(grad_gate.dtype.element_ty), mask=inside)
-        tl.store(grad_x + place, of_x.to(grad_x.dtype.element_ty), mask=inside)
-    tl.store(parts + tl.program_id(0) * D + columns, grad_w, mask=columns < D)
-
-
-class GatedNorm(torch.autograd.Function):
-    """w x / sqrt(mean(x^2) + eps) sigmoid(gate) over the last axis; x, gate [..., D], w [D] -> x's dtype."""
-
-    @staticmethod
-    def forward(ctx, x, weight, gate, eps):
-        x, gate = x.contiguous(), gate.contiguous()
-        D, R = x.shape[-1], x.numel() // x.shape[-1]
-        y, BR = torch.empty_like(x), 32
-        _norm_forward[(triton.cdiv(R, BR),)](x, weight, gate, y, R, eps, D, BR, triton.next_power_of_2(D), num_warps=4)
-        ctx.save_for_backward(x, weight, gate)
-        ctx.eps = eps
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, gate = ctx.saved_tensors
-        D, R = x.shape[-1], x.numel() // x.shape[-1]
-        BR, grad = 32, grad.contiguous()
-        programs = min(triton.cdiv(R, BR), 2048)
-        grad_x, grad_gate = torch.empty_like(x), torch.empty_like(gate)
-        parts = torch.empty(programs, D, dtype=torch.float32, device=x.device)
-        BD = triton.next_power_of_2(D)
-        _norm_backward[(programs,)](x, weight, gate, grad, grad_x, grad_gate, parts, R, ctx.eps, D, BR, BD, num_warps=4)
-        return grad_x, parts.sum(0).to(weight.dtype), grad_gate, None

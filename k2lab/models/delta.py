@@ -101,10 +101,7 @@ class FastKDA(torch.nn.Module):
             g = decay_gate(z, gate.A_log.view(H, 1), gate.dt_bias.view(H, D), lower_bound)
             out, final = chunk_kda(query, key, value, g, beta, use_qk_l2norm_in_kernel=True, **more)
         output_gate = self.g_b_proj(share).view(1, -1, H, D)
-        if fast and self.o_norm.activation == "sigmoid":
-            normed = kda_gpu.kernels().GatedNorm.apply(out, self.o_norm.weight, output_gate, self.o_norm.variance_epsilon)
-        else:
-            normed = self.o_norm(out, output_gate)
+        normed = self.o_norm(out, output_gate)
         normed, final = normed.view(-1, H * D), final[-1].clone() if segment.goes_on and final is not None else None
         if for_backward and plain(self.o_proj):  # the output is known
             return Unseen.apply(normed, self.o_proj.weight), final

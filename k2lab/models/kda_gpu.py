@@ -65,7 +65,6 @@ def kernels() -> Any:
         parts_backward=_kda_chunks_triton.parts_backward,
         chunk_backward=_kda_chunks_triton.chunk_backward,
         unit_forward=_kda_triton.unit_forward,
-        GatedNorm=_kda_triton.GatedNorm,
     )
 
 
