@@ -166,6 +166,37 @@ class Model(Protocol):
     def expert_counts(self) -> dict[str, Any]: ...
 
 
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a checkpoint by its released, logical name (`...gate_proj.weight`, however many tensors it is stored as).
+
+    `shape` of the decoded tensor; `dtype` what `TensorSource.read` gives back, by safetensors' name ("BF16", "F32", ...): int4
+    decodes to BF16 exactly, fp8 to F32 exactly, others are as stored; `format` how it is stored; `file` where.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    format: Literal["plain", "fp8_block", "int4_group"]
+    file: str
+
+
+class TensorSource(Protocol):
+    """A checkpoint that is read tensor by tensor, or slice by slice; opening it has proven every tensor whole and of a known
+    format. What is read are torch tensors on the CPU."""
+
+    def config(self) -> dict[str, Any]: ...
+    def names(self) -> list[str]: ...
+    def info(self, name: str) -> TensorInfo: ...
+
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Any:
+        """The decoded tensor, or a part of it (rows: first axis, columns: last axis of a matrix); no other bytes are read."""
+
+    def packed(self, name: str, rows: slice | None = None, columns: slice | None = None) -> tuple[Any, Any]:
+        """(codes, scales) of an int4_group or fp8_block tensor as stored; columns in whole groups or blocks, rows of fp8 in whole
+        blocks."""
+
+
 # ---------------------------------------------------------------- sampling
 
 
