@@ -32,7 +32,8 @@ class TrainRun:
     """State of one training run that is not model, optimizer or feed.
 
     `work` is the stage's unfinished directory; checkpoints live in `work/checkpoints`. `valid` gives this rank's validation
-    batches. `bias_rate` is the router bias rate (0 = off). `flops_per_token` and `peak_flops` (per device; 0 = unknown) are for
+    batches. `bias_rate` is the router bias rate (0 = off), `bias_rule` one of `models.router.RULES` (quantile: after
+    `track_quantiles`). `flops_per_token` and `peak_flops` (per device; 0 = unknown) are for
     the TFLOP/s and MFU columns.
     """
 
@@ -48,6 +49,7 @@ class TrainRun:
     valid_every: int = 0
     early_stop: EarlyStop | None = None
     bias_rate: float = 0.0
+    bias_rule: str = "sign"
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
     forward_backward: Callable[..., tuple[dict[str, float], StepMetrics]] = forward_backward
@@ -181,10 +183,15 @@ class TrainRun:
     # ------------------------------------------------------------ after a step
 
     def _balance_experts(self, step: int, model: Any, optim: Any, feed: Any, metrics: StepMetrics) -> None:
-        if self.bias_rate and metrics.expert_counts:
-            from k2lab.models.router import update_router_bias
+        if not self.bias_rate or not metrics.expert_counts:
+            return
+        from k2lab.models.router import needed_biases, update_router_bias
 
-            update_router_bias(model, metrics.expert_counts, rate=self.bias_rate)
+        seen = metrics.expert_counts
+        if self.bias_rule == "quantile":
+            seen = needed_biases(model)
+            mesh.reduce_tensors(seen, "sum")
+        update_router_bias(model, seen, rate=self.bias_rate, rule=self.bias_rule)
 
     def _validate(self, step: int, model: Any, optim: Any, feed: Any, metrics: StepMetrics) -> None:
         due = self.valid_every and (self.done % self.valid_every == 0 or self.done == self.total_steps)

@@ -12,6 +12,9 @@ everything is four matrix products. Any other chunk is four blocks of 16 tokens:
 block's first token, so that both parts are <= 0; within a block as in a chunk, or, if it decays more, pair by pair. So a gate of
 any strength is exact, and the usual ones are fast.
 
+A token's pair with itself, and the last key's way into h', meet no decay. They are left out of the gradients of G: there they
+would cancel, and what rounding leaves of that would be more than all the rest where gates are strong.
+
 Legend: `T` tokens, `H` heads, `D` head width, `V` value width, `M` chunks of all documents, `C` tokens of a chunk,
 `BC` of a block.
 """
@@ -24,7 +27,9 @@ import triton.language as tl
 
 BLOCK = 16
 LIMIT = 160.0  # 2^80 on either side of the middle stays far from fp32's limits, also in products with gradients
-PRECISION = "bf16x3"  # of products within a block: tf32 would show in the gates' gradients
+# Of products within a chunk. A pair's parts of dG at its two tokens come from two products and cancel before the earlier one:
+# what tf32 rounds differently there would show in the gates' gradients, most of all in that of log_rate, a sum over all tokens.
+PRECISION = "bf16x3"
 # What was fastest on an H100: slice of the head width, warps, registers of a thread.
 PARTS: tuple[int, int, int | None] = (32, 4, None)
 WHOLE: tuple[int, int, int | None] = (32, 4, None)
@@ -103,8 +108,9 @@ def _parts_backward(
         dk = tl.dot(tl.load(v_new + row * V + value_place, mask=values, other=0.0), tl.trans(dhs))
         dk *= tl.where(keys, tl.exp2(last[None, :] - gi), 0.0)
         ki = tl.load(k + place, mask=keys, other=0.0).to(tl.float32)
-        dg -= ki * dk
-        of_last += tl.sum(ki * dk, 0)
+        moved = tl.where((i == count - 1)[:, None], 0.0, ki * dk)  # the last key meets no decay
+        dg -= moved
+        of_last += tl.sum(moved, 0)
         dg += tl.where((i == count - 1)[:, None], of_last[None, :], 0.0)
         # through w
         kg = ki * grown
@@ -131,19 +137,21 @@ def _parts_backward(
 
 @triton.jit
 def _finish(
-    row_q, row_k, column, qi, ki, bi, rows, ok, inside, here, row, head, after,
+    row_q, row_k, column, own, qi, ki, bi, rows, ok, inside, here, row, head, after,
     grad_q, grad_k, grad_g, grad_b, q_scale, k_scale, z, log_rate, bias, lower_bound, out_q, out_k, out_g, out_b, d, in_d,
     H: tl.constexpr, D: tl.constexpr, UNITS: tl.constexpr, RAW: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Adds what came from outside the chunk and stores the gradients of some rows. Returns the sums over these of the gradients
-    of G, of the bias and of log_rate. `after`: the first of these over later rows."""
+    """Adds what came from outside the chunk, and from each token's pair with itself (`own`), and stores the gradients of some
+    rows. Returns the sums over these of the gradients of G, of the bias and of log_rate. `after`: the first of these over later
+    rows."""
     line = row + rows * H
     of_b = tl.load(grad_b + line, mask=ok, other=0.0) + tl.sum(row_k * ki, 1)
     tl.store(out_b + line, of_b, mask=ok)
     row_k *= bi[:, None]
     of_g = tl.load(grad_g + row * D + here, mask=inside, other=0.0) + qi * row_q + (row_k - column) * ki
     of_g = tl.where(inside, of_g, 0.0)
-    row_q += tl.load(grad_q + row * D + here, mask=inside, other=0.0)
+    row_q += own[:, None] * ki + tl.load(grad_q + row * D + here, mask=inside, other=0.0)
+    column += own[:, None] * qi
     if UNITS:
         sq = tl.load(q_scale + line, mask=ok, other=0.0)
         row_q = (row_q - qi * tl.sum(row_q * qi, 1)[:, None]) * sq[:, None]
@@ -196,6 +204,7 @@ def _whole_backward(
         bi = tl.load(beta + row + i * H, mask=ok, other=0.0).to(tl.float32)
         pairs = i[:, None] * (H * C) + i[None, :]
         of_b = tl.load(grad_b + row + i * H, mask=ok, other=0.0)
+        own = tl.load(grad_Aqk + row * C + i * (H * C + 1), mask=ok, other=0.0)
         along_q = tl.zeros((C,), dtype=tl.float32)
         along_k = tl.zeros((C,), dtype=tl.float32)
         of_rate = tl.zeros((BS,), dtype=tl.float32)
@@ -205,7 +214,7 @@ def _whole_backward(
             inside, here = ok[:, None] & in_d[None, :], i[:, None] * (H * D) + d[None, :]
             centre = tl.load(g + row * D + d, mask=in_d, other=0.0) + tl.load(g + row * D + bottom + d, mask=in_d, other=0.0)
             gi = tl.load(g + row * D + here, mask=inside, other=0.0) - 0.5 * centre[None, :]
-            a = tl.load(grad_Aqk + row * C + pairs, mask=ok[:, None] & (i[:, None] >= i[None, :]), other=0.0)
+            a = tl.load(grad_Aqk + row * C + pairs, mask=ok[:, None] & (i[:, None] > i[None, :]), other=0.0)
             b = tl.load(grad_Akk + row * C + pairs, mask=ok[:, None] & (i[:, None] > i[None, :]), other=0.0)
             up, down = tl.where(inside, tl.exp2(gi), 0.0), tl.where(inside, tl.exp2(-gi), 0.0)
             ki = tl.load(k + row * D + here, mask=inside, other=0.0).to(tl.float32)
@@ -219,8 +228,8 @@ def _whole_backward(
             column *= down
             of_g = tl.load(grad_g + row * D + here, mask=inside, other=0.0) + qi * row_q + (row_k - column) * ki
             total = tl.cumsum(tl.where(inside, of_g, 0.0), 0, reverse=True)
-            row_q += tl.load(grad_q + row * D + here, mask=inside, other=0.0)
-            row_k += column + tl.load(grad_k + row * D + here, mask=inside, other=0.0)
+            row_q += own[:, None] * ki + tl.load(grad_q + row * D + here, mask=inside, other=0.0)
+            row_k += column + own[:, None] * qi + tl.load(grad_k + row * D + here, mask=inside, other=0.0)
             if UNITS:
                 along_q += tl.sum(row_q * qi, 1)
                 along_k += tl.sum(row_k * ki, 1)
@@ -248,7 +257,7 @@ def _whole_backward(
 @triton.jit
 def _earlier(
     k, g, grad_Aqk, grad_Akk, line, ok, anchor, i, d, in_d, block,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of rows of a block, what pairs with earlier blocks give the queries' and keys' gradients, but for the rows' own decay since
     their block's first token."""
@@ -260,15 +269,15 @@ def _earlier(
         kj *= tl.exp2(anchor[None, :] - tl.load(g + there, mask=in_d[None, :], other=0.0))
         a = tl.load(grad_Aqk + line[:, None] + (J * BC + i)[None, :], mask=ok[:, None], other=0.0)
         b = tl.load(grad_Akk + line[:, None] + (J * BC + i)[None, :], mask=ok[:, None], other=0.0)
-        row_q = tl.dot(a, kj, row_q)
-        row_k = tl.dot(b, kj, row_k)
+        row_q = tl.dot(a, kj, row_q, input_precision=PRECISION)
+        row_k = tl.dot(b, kj, row_k, input_precision=PRECISION)
     return row_q, row_k
 
 
 @triton.jit
 def _later(
     q, k, g, beta, grad_Aqk, grad_Akk, gi, i, d, in_d, block, blocks, count,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of keys of a block, what pairs with later blocks give their gradients."""
     column = tl.zeros((BC, BD), dtype=tl.float32)
@@ -285,8 +294,8 @@ def _later(
         across = (later * (H * C))[None, :] + (block * BC + i)[:, None]
         a = tl.load(grad_Aqk + across, mask=(later < count)[None, :], other=0.0)
         b = tl.load(grad_Akk + across, mask=(later < count)[None, :], other=0.0)
-        part = tl.dot(a, qj)
-        part = tl.dot(b, kj, part)
+        part = tl.dot(a, qj, input_precision=PRECISION)
+        part = tl.dot(b, kj, part, input_precision=PRECISION)
         column += part * tl.exp2(middle[None, :] - gi)
     return column
 
@@ -301,9 +310,9 @@ def _by_pairs(
         token = block * BC + j
         kj = tl.load(k + token * (H * D) + d, mask=in_d, other=0.0).to(tl.float32)
         gj = tl.load(g + token * (H * D) + d, mask=in_d, other=0.0)
-        a = tl.load(grad_Aqk + line + token, mask=ok & (i >= j), other=0.0)
+        a = tl.load(grad_Aqk + line + token, mask=ok & (i > j), other=0.0)
         b = tl.load(grad_Akk + line + token, mask=ok & (i > j), other=0.0)
-        pair = tl.where(inside & (i >= j)[:, None], tl.exp2(tl.minimum(gi - gj[None, :], 0.0)), 0.0)
+        pair = tl.where(inside & (i > j)[:, None], tl.exp2(tl.minimum(gi - gj[None, :], 0.0)), 0.0)
         row_q += a[:, None] * kj[None, :] * pair
         row_k += b[:, None] * kj[None, :] * pair
         both = tl.sum((a[:, None] * qi + (b * bi)[:, None] * ki) * pair, 0)
@@ -347,15 +356,17 @@ def _blocks_backward(
         ki = tl.load(k + here, mask=inside, other=0.0).to(tl.float32)
         bi = tl.load(beta + rows * H, mask=ok, other=0.0).to(tl.float32)
         anchor = tl.load(g + block * BC * (H * D) + d, mask=in_d, other=0.0)
-        row_q, row_k = _earlier(k, g, grad_Aqk, grad_Akk, line, ok, anchor, i, d, in_d, block, H, D, C, BC, BD)
+        row_q, row_k = _earlier(k, g, grad_Aqk, grad_Akk, line, ok, anchor, i, d, in_d, block, H, D, BC, BD, PRECISION)
         grown = tl.where(inside, tl.exp2(gi - anchor[None, :]), 0.0)
         row_q *= grown
         row_k *= grown
-        column = _later(q, k, g, beta, grad_Aqk, grad_Akk, gi, i, d, in_d, block, blocks, count, H, D, C, BC, BD)
+        column = _later(
+            q, k, g, beta, grad_Aqk, grad_Akk, gi, i, d, in_d, block, blocks, count, H, D, C, BC, BD, PRECISION
+        )  # fmt: skip
         last = tl.load(g + (tl.minimum((block + 1) * BC, count) - 1) * (H * D) + d, mask=in_d, other=0.0)
         if tl.max(anchor - last) < LIMIT:
             within = line[:, None] + (block * BC + i)[None, :]
-            a = tl.load(grad_Aqk + within, mask=ok[:, None] & (i[:, None] >= i[None, :]), other=0.0)
+            a = tl.load(grad_Aqk + within, mask=ok[:, None] & (i[:, None] > i[None, :]), other=0.0)
             b = tl.load(grad_Akk + within, mask=ok[:, None] & (i[:, None] > i[None, :]), other=0.0)
             centre = 0.5 * (anchor + last)
             up = tl.where(inside, tl.exp2(gi - centre[None, :]), 0.0)
@@ -368,31 +379,12 @@ def _blocks_backward(
             column += part * down
         else:
             row_q, row_k, column = _by_pairs(
-                row_q,
-                row_k,
-                column,
-                k,
-                g,
-                grad_Aqk,
-                grad_Akk,
-                qi,
-                ki,
-                gi,
-                bi,
-                line,
-                ok,
-                inside,
-                i,
-                d,
-                in_d,
-                block,
-                count,
-                H,
-                D,
-                BC,
-            )
+                row_q, row_k, column, k, g, grad_Aqk, grad_Akk, qi, ki, gi, bi, line, ok, inside, i, d, in_d, block, count,
+                H, D, BC,
+            )  # fmt: skip
+        own = tl.load(grad_Aqk + line + rows, mask=ok, other=0.0)
         of_g, bias_part, rate_part = _finish(
-            row_q, row_k, column, qi, ki, bi, rows, ok, inside, here, row, head, after,
+            row_q, row_k, column, own, qi, ki, bi, rows, ok, inside, here, row, head, after,
             grad_q, grad_k, grad_g, grad_b, q_scale, k_scale, z, log_rate, bias, lower_bound, out_q, out_k, out_g, out_b, d, in_d,
             H, D, UNITS, RAW, BOUNDED,
         )  # fmt: skip

@@ -165,6 +165,8 @@ class Optimizer:
             self._settle()  # masters on the host must have arrived before they are scaled there
             clipped = _qk_clip.scale(self.params, self.masters, self.layouts, maxima, self.tau, self.muonclip.alpha)
         self.updates += 1
+        # Fused kernels, PyTorch's AdamW among them, do not: what was computed from the old weights must be known to be old.
+        torch.autograd.graph.increment_version([self.params[row.name] for row in self._rows if row.optimizer != "frozen"])
         return StepInfo(lr=lr, clipped=clipped)
 
     def _settle(self) -> None:

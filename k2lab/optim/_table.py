@@ -45,7 +45,8 @@ def route(name: str, shape: tuple[int, ...], heads: dict[str, int]) -> tuple[str
     """(optimizer, split, decayed, note) of one trainable parameter under MuonClip. `heads` {name: H} are split per head.
 
     Muon: 2-D matrices (router gates included) and experts [E, out, in]. AdamW: embeddings, output heads, norms, biases,
-    convolution kernels, decay gates of KDA, and whatever is neither 2-D nor known experts.
+    convolution kernels, decay gates of KDA, low-rank adapters (whose product, not the factors, is the matrix), and whatever is
+    neither 2-D nor known experts.
     """
     parts = name.removesuffix(".weight").split(".")
     leaf = parts[-1]
@@ -57,6 +58,8 @@ def route(name: str, shape: tuple[int, ...], heads: dict[str, int]) -> tuple[str
         return "adamw", 1, False, "norm"
     if len(shape) < 2:
         return "adamw", 1, False, "vector"
+    if leaf.endswith(("lora_A", "lora_B")):
+        return "adamw", 1, True, "LoRA factor"
     if leaf in HEADS:
         return "adamw", 1, True, "output head"
     if any(part.startswith("embed_") or part in EMBEDDINGS for part in parts):
@@ -115,7 +118,7 @@ def make(
         optimizer, split, decayed, note = route(name, shape, heads or {})
         if not muon:
             optimizer, split = "adamw", 1
-            note = "" if decayed else note
+            note = "" if decayed and not note.startswith("LoRA") else note
         scale = muon_scale(*matrix_shape(shape, split)) if optimizer == "muon" else adamw_scale
         rows.append(TableRow(name, shape, optimizer, scale, weight_decay if decayed else 0.0, note, split))
     return rows

@@ -10,6 +10,7 @@ from pathlib import Path
 from k2lab.core import events
 from k2lab.core.errors import DataError, RecipeError
 from k2lab.core.types import PlanInput
+from k2lab.plan import adapters
 from k2lab.plan.machines import Machine
 from k2lab.plan.memory import check_input, training_memory, uses_muon
 from k2lab.specs import ModelSpec
@@ -61,11 +62,21 @@ class Money:
     dollars: float | None
 
 
-def executed_flops(spec: ModelSpec, context: int) -> tuple[float, float]:
-    """Flops per token that a training step executes: (matrix work and KDA: 3 forward passes, attention: 3.5)."""
-    forward = spec.flops_per_token(context, training=False)
-    attention = forward["mla"] + forward["attention"]
-    return 3.0 * (sum(forward.values()) - attention), ATTENTION_PASSES * attention
+def model_flops(inp: PlanInput) -> dict[str, float]:
+    """Model flops per token of a training step, by term: forward and backward, 3 forward passes; matrices that are frozen under
+    adapters 2, since they have no gradient, and the adapters' own 3."""
+    spec, low = check_input(inp), adapters.of(inp)
+    terms = spec.flops_per_token(inp.seq_len)
+    if low is None:
+        return terms
+    return {**terms, "matmul": terms["matmul"] * 2 / 3, "adapters": 6.0 * adapters.active(low, spec)}
+
+
+def executed_flops(inp: PlanInput) -> tuple[float, float]:
+    """Flops per token that a training step executes: (matrix work and KDA as `model_flops`, attention 3.5 forward passes)."""
+    terms = model_flops(inp)
+    attention = terms["mla"] + terms["attention"]
+    return sum(terms.values()) - attention, ATTENTION_PASSES * attention / 3.0
 
 
 def newton_schulz_flops(spec: ModelSpec, steps: int = 5) -> float:
@@ -83,7 +94,7 @@ def optimizer_flops(inp: PlanInput, machine: Machine) -> tuple[float, str]:
     """(flops per GPU and step, how they are shared) of Newton-Schulz; 0 without Muon. If the state fits on every GPU each does
     all the matrices, as plain data parallelism does; else the state must be divided, and with it the matrices."""
     spec = check_input(inp)
-    if not uses_muon(inp.optimizer):
+    if not uses_muon(inp.optimizer) or adapters.of(inp) is not None:
         return 0.0, ""
     flops = newton_schulz_flops(spec)
     if inp.gpus > 1 and training_memory(inp, machine).replicated() > 1e9 * machine.memory_gb:
@@ -95,28 +106,26 @@ def assumed_speed(inp: PlanInput, machine: Machine) -> Speed:
     """Time of a step if matrix work reaches `assumed_mfu` of the peak and attention `assumed_attention_mfu`:
     tokens x (3 (matmul + kda) / mfu + 3.5 attention / attention_mfu) / (gpus x peak), and Newton-Schulz at `assumed_mfu`.
     Communication and data are not in it."""
-    spec = check_input(inp)
     tokens, peak = tokens_per_step(inp), machine.peak(inp.precision) * inp.gpus
-    matrix, attention = executed_flops(spec, inp.seq_len)
+    matrix, attention = executed_flops(inp)
     seconds = tokens * (matrix / machine.assumed_mfu + attention / machine.assumed_attention_mfu) / peak
     seconds += optimizer_flops(inp, machine)[0] / (machine.assumed_mfu * machine.peak(inp.precision))
     formula = (
         f"{100 * machine.assumed_mfu:g} % of {inp.gpus} x {machine.peak(inp.precision) / 1e12:g} TFLOP/s for matrix work, "
         f"{100 * machine.assumed_attention_mfu:g} % for attention; no communication"
     )
-    return Speed(seconds, tokens / seconds, False, formula, _mfu(spec, inp, tokens / seconds, peak))
+    return Speed(seconds, tokens / seconds, False, formula, _mfu(inp, tokens / seconds, peak))
 
 
 def measured_speed(inp: PlanInput, machine: Machine, tokens_per_s: float, steps: int) -> Speed:
     """Time of a step at the measured throughput (tokens/s of the whole job)."""
-    spec = check_input(inp)
     tokens, peak = tokens_per_step(inp), machine.peak(inp.precision) * inp.gpus
     formula = f"median of {steps} step events of the measured run"
-    return Speed(tokens / tokens_per_s, tokens_per_s, True, formula, _mfu(spec, inp, tokens_per_s, peak))
+    return Speed(tokens / tokens_per_s, tokens_per_s, True, formula, _mfu(inp, tokens_per_s, peak))
 
 
-def _mfu(spec: ModelSpec, inp: PlanInput, tokens_per_s: float, peak: float) -> float:
-    return tokens_per_s * sum(spec.flops_per_token(inp.seq_len).values()) / peak
+def _mfu(inp: PlanInput, tokens_per_s: float, peak: float) -> float:
+    return tokens_per_s * sum(model_flops(inp).values()) / peak
 
 
 def money(seconds: float, gpus: int, machine: Machine) -> Money:

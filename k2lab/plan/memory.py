@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from k2lab.core.errors import RecipeError, did_you_mean
 from k2lab.core.types import PlanInput
+from k2lab.plan import adapters, state
 from k2lab.plan.lines import Origin
 from k2lab.plan.machines import Machine
 from k2lab.specs import ModelSpec
@@ -26,8 +27,9 @@ LOGITS_CHUNK = 1024  # positions per piece of the chunked loss (the `lm` objecti
 LOGITS_BYTES = {"fp32": (4, 8), "bf16": (6, 8)}
 KDA_MEMORY_CHUNK = 32  # chunk length of our KDA
 PROBABILITY_BLOCK, PROBABILITY_LIMIT = 128, 256 << 20  # blocks of queries, and bytes per layer that the CPU attention keeps
-MUON_STACK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements that Newton-Schulz works on at once
+MUON_STACK = {"cpu": 1 << 19, "cuda": 1 << 28}  # elements that Newton-Schulz works on at once
 MUON_COPIES = 4  # the stack itself, its Gram matrix, a polynomial of it, the product
+PIECES = 4  # of state that is kept on the host, on the GPU at a time: one worked on, one coming, two leaving
 BUCKET_BYTES = 64 << 20  # one bucket of gradients in flight between ranks
 
 
@@ -217,23 +219,72 @@ def check_input(inp: PlanInput) -> ModelSpec:
 def training_memory(inp: PlanInput, machine: Machine) -> Memory:
     """Memory per GPU of a training stage. Raises RecipeError for impossible numbers, unknown precision or optimizer."""
     spec = check_input(inp)
+    low = adapters.of(inp)
+    if low is not None:
+        return _adapter_memory(low, spec, machine)
     weight, grad, master = PRECISIONS[inp.precision]
     per_matrix, per_other, origin = optimizer_bytes(inp.optimizer, f"stage.{inp.stage}.optim")
+    kept = state.of(inp)
+    if uses_muon(inp.optimizer):
+        per_matrix = kept.momentum
+    if kept.master != "auto" and master:
+        master = 0
+        if kept.master == "off":  # AdamW's moments are of the type of what they update
+            per_matrix = per_matrix if uses_muon(inp.optimizer) else per_matrix // 2
+            per_other //= 2
     total, trainable, matrices = spec.total(), trainable_parameters(spec), matrix_parameters(spec)
     terms = [
         Term("weights", "weights", total * weight, f"{weight} B x {total:,} parameters", state=True),
         Term("gradients", "gradients", trainable * grad, f"{grad} B x {trainable:,}, in the weights' type", state=True),
     ]
-    if master:
-        terms.append(Term("master", "master weights", trainable * master, f"{master} B x {trainable:,}, fp32", state=True))
-    state = matrices * per_matrix + (trainable - matrices) * per_other
+    masters, moments = trainable * master, matrices * per_matrix + (trainable - matrices) * per_other
     text = f"{per_matrix} B x {matrices:,} in matrices + {per_other} B x {trainable - matrices:,} others ({inp.optimizer})"
-    terms.append(Term("optimizer", "optimizer state", state, text, origin, state=True))
+    if kept.offload:
+        text = f"{(masters + moments) / 1e9:,.1f} GB of masters and state ({text}) are in the host's memory"
+        passing = PIECES * (master + per_matrix) * _stack(inp, spec, machine)
+        terms.append(Term("optimizer", "optimizer state", 0.0, text, origin, state=True))
+        text = f"{PIECES} x {master + per_matrix} B x elements of a stack, on their way"
+        terms.append(Term("ferry", "state passing through", passing, text, "assumed"))
+    else:
+        if master:
+            terms.append(Term("master", "master weights", masters, f"{master} B x {trainable:,}, fp32", state=True))
+        terms.append(Term("optimizer", "optimizer state", moments, text, origin, state=True))
     terms += _passing_terms(inp, spec, machine)
     per_layer: dict[int | None, int] = {}
     for tensor in spec.tensors():
         per_layer[tensor.layer] = per_layer.get(tensor.layer, 0) + tensor.numel * tensor.count
     layer = weight * max(number for index, number in per_layer.items() if index is not None)
+    return Memory(tuple(terms), inp.gpus, layer, checkpointed_bytes(inp, spec))
+
+
+def _adapter_memory(inp: adapters.AdapterInput, spec: ModelSpec, machine: Machine) -> Memory:
+    """As `training_memory`, of a frozen model with adapters: AdamW trains these whatever the optimizer."""
+    weight, grad, master = PRECISIONS[inp.precision]
+    *_, origin = optimizer_bytes(inp.optimizer, f"stage.{inp.stage}.optim")
+    frozen, layer = adapters.frozen_bytes(inp, spec, weight)
+    by_target = adapters.parameters(inp, spec)
+    count, each = sum(by_target.values()), OPTIMIZERS["adamw"][1]
+    if not count:
+        raise RecipeError(
+            "the model has none of the adapters' targets", where=f"stage.{inp.stage}.lora.targets", got=", ".join(inp.targets)
+        )
+    text = f"{weight} B x {spec.total():,} parameters"
+    if inp.packed:
+        text = f"routed experts as INT4 codes and scales, the rest {text.split(' x ')[0]} per parameter"
+    parts = " + ".join(f"{number:,} {target}" for target, number in by_target.items())
+    terms = [
+        Term("weights", "frozen weights", frozen, text, state=True),
+        Term("adapters", "adapters", count * weight, f"{weight} B x rank {inp.rank} x (out + in): {parts}", state=True),
+        Term("gradients", "gradients of the adapters", count * grad, f"{grad} B x {count:,}", state=True),
+    ]
+    if master:
+        terms.append(Term("master", "masters of the adapters", count * master, f"{master} B x {count:,}, fp32", state=True))
+    text = f"{each} B x {count:,} (AdamW, for adapters)"
+    terms.append(Term("optimizer", "optimizer state of the adapters", count * each, text, origin, state=True))
+    terms += _passing_terms(inp, spec, machine)
+    decoded = adapters.decoded_bytes(inp, spec, machine.device == "cpu", weight)
+    if decoded:
+        terms.append(Term("decoded", "decoded experts", decoded, "what is decoded at once of a layer's experts", "assumed"))
     return Memory(tuple(terms), inp.gpus, layer, checkpointed_bytes(inp, spec))
 
 
@@ -250,10 +301,22 @@ def checkpointed_bytes(inp: PlanInput, spec: ModelSpec) -> float:
     return inp.per_device_batch * inp.seq_len * (spec.num_layers * spec.hidden_size * element + attention + mlp)
 
 
+def _stack(inp: PlanInput, spec: ModelSpec, machine: Machine) -> int:
+    """Elements that an optimizer works on at once: a stack of Newton-Schulz, at most all matrices, at least the largest one; or,
+    without Muon, the largest tensor."""
+    if not uses_muon(inp.optimizer):
+        return max(t.numel * t.count * (2 if t.kind == "expert" else 1) for t in spec.tensors())  # gate and up are one tensor
+    largest = max(t.numel for t in spec.tensors() if t.kind in ("linear", "expert", "router"))
+    return max(min(MUON_STACK[machine.device], matrix_parameters(spec)), largest)
+
+
 def _passing_terms(inp: PlanInput, spec: ModelSpec, machine: Machine) -> list[Term]:
     element = 4 if inp.precision == "fp32" else 2
     tokens = inp.per_device_batch * inp.seq_len
     each = sum(activation_bytes(spec, element).values())
+    low = adapters.of(inp)
+    if low is not None:  # what comes between A and B
+        each += element * sum(low.rank * tensor.active for _, tensor in adapters.adapted(low, spec))
     text = f"{inp.per_device_batch} x {inp.seq_len:,} tokens x {each:,.0f} B per token; no checkpointing"
     terms = [Term("activations", "activations", tokens * each, text, "assumed")]
     kept = probability_bytes(inp, spec, machine)
@@ -264,11 +327,12 @@ def _passing_terms(inp: PlanInput, spec: ModelSpec, machine: Machine) -> list[Te
     logits = width * chunk * spec.vocab_size
     text = f"{width} B x {chunk:,} positions x {spec.vocab_size:,} (chunked loss)"
     terms.append(Term("logits", "logits chunk", logits, text, "assumed"))
-    head = 8 * spec.vocab_size * spec.hidden_size + tokens * spec.hidden_size * element
-    terms.append(Term("loss", "loss gradients", head, "2 x 4 B x the head's weight + one hidden state", "assumed"))
-    if uses_muon(inp.optimizer):
-        largest = max(t.numel for t in spec.tensors() if t.kind in ("linear", "expert", "router"))
-        stack = max(MUON_STACK[machine.device], largest)
+    head, text = tokens * spec.hidden_size * element, "one hidden state"
+    if adapters.of(inp) is None:
+        head, text = head + 8 * spec.vocab_size * spec.hidden_size, "2 x 4 B x the head's weight + one hidden state"
+    terms.append(Term("loss", "loss gradients", head, text, "assumed"))
+    if uses_muon(inp.optimizer) and adapters.of(inp) is None:
+        stack = _stack(inp, spec, machine)
         text = f"{MUON_COPIES} x 4 B x {stack:,} elements of a Newton-Schulz stack"
         terms.append(Term("buffers", "optimizer buffers", MUON_COPIES * 4 * stack, text, "assumed"))
     if inp.gpus > 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 from k2lab.core.errors import RecipeError
 from k2lab.core.types import PlanInput
-from k2lab.plan import analysis, beside, compute, lines, long_context, machines, memory
+from k2lab.plan import adapters, analysis, beside, compute, lines, long_context, machines, memory
 from k2lab.plan.compute import Money, Speed, Throughput
 from k2lab.plan.lines import Section
 from k2lab.plan.machines import Machine
@@ -269,13 +269,15 @@ def _time(inp: PlanInput, machine: Machine, speed: Speed, steps: int | None, cos
     section = Section("Compute, time and money")
     spec = memory.check_input(inp)
     per_step = compute.tokens_per_step(inp)
+    passes = 3 if adapters.of(inp) is None else 2
     formulas = {
-        "matmul": f"3 x 2 x {lines.parameters(spec.matmul_active())} per token",
+        "matmul": f"{passes} x 2 x {lines.parameters(spec.matmul_active())} per token" + ("" if passes == 3 else ", frozen"),
+        "adapters": "3 x 2 x adapters' parameters that meet a token",
         "mla": "3 x layers x heads x (qk + v) x seq_len per token (causal half)",
         "attention": "3 x layers x heads x (qk + v) x seq_len per token (causal half)",
         "kda": "3 x layers x (heads (6 d^2 + 3 C d + C^2) + convolutions) per token",
     }
-    for term, value in spec.flops_per_token(inp.seq_len).items():
+    for term, value in compute.model_flops(inp).items():
         if value:
             number = value * per_step
             section.add(f"flops_{term}", f"model flops per step, {term}", number, lines.flop(number), "computed", formulas[term])

@@ -99,3 +99,16 @@ def twin_logits(plain: Any, batch: Batch) -> torch.Tensor:
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
+
+
+def gradient_errors(model: TrainModel, exact: TrainModel) -> dict[str, float]:
+    """Relative error of every parameter's gradient. A decay rate's gradient is one sum over tokens and channels, whose terms
+    nearly cancel; its error is measured against the gradient of its bias, which has such sums by channel, where that is
+    larger."""
+    wanted, found = dict(exact.named_parameters()), {}
+    for name, parameter in model.named_parameters():
+        true = wanted[name].grad
+        if true is not None:
+            size = max(true.norm(), wanted[name.replace("A_log", "dt_bias")].grad.norm())
+            found[name] = float((parameter.grad.to(true) - true).norm() / size.clamp(min=1e-12))
+    return found

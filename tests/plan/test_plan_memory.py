@@ -11,7 +11,9 @@ from k2lab.core.types import Batch, PlanInput
 from k2lab.models import build
 from k2lab.models.losses import linear_cross_entropy
 from k2lab.models.pack import Pack
-from k2lab.plan import machines
+from k2lab.optim.adamw import AdamW
+from k2lab.optim.muonclip import MuonClip
+from k2lab.plan import machines, state
 from k2lab.plan.memory import activation_bytes, matrix_parameters, training_memory
 
 
@@ -192,3 +194,43 @@ def test_own_optimizer_file_is_assumed_to_keep_two_moments():
     memory = training_memory(train(optimizer="my/lion.py"), machines.get("laptop"))
     state = next(term for term in memory.terms if term.key == "optimizer")
     assert state.origin == "assumed" and state.bytes == 8 * (specs.get("tiny-k2").total() - 8)
+
+
+def test_state_that_is_kept_otherwise():
+    """bf16 momentum, no masters, state on the host: by the optimizer's own settings."""
+    tiny = specs.get("tiny-k2")
+    learnt, matrices = tiny.total() - 8, matrix_parameters(tiny)
+    bf16 = train(precision="bf16")
+    assert state.planned(MuonClip(lr=1e-3), bf16) is bf16
+    found = {
+        name: terms(state.planned(MuonClip(lr=1e-3, **settings), bf16), "h100-x8")
+        for name, settings in {
+            "usual": {},
+            "half": {"momentum_dtype": "bf16"},
+            "off": {"master": "off"},
+            "chance": {"master": "stochastic"},
+            "host": {"offload": "cpu"},
+        }.items()
+    }
+    others = learnt - matrices
+    assert found["half"]["optimizer"] == 2 * matrices + 8 * others and found["half"]["master"] == 4 * learnt
+    assert "master" not in found["off"] and found["off"]["optimizer"] == 4 * matrices + 4 * others
+    assert "master" not in found["chance"] and found["chance"]["optimizer"] == found["usual"]["optimizer"]
+    assert "master" not in found["host"] and found["host"]["optimizer"] == 0 and found["host"]["ferry"] == 4 * 8 * matrices
+    big = state.planned(MuonClip(lr=1e-3, offload="cpu"), train("kimi-linear-48b", precision="bf16"))
+    assert terms(big, "h100-x8")["ferry"] == 4 * 8 * 2**28
+    wide = state.planned(AdamW(lr=1e-3, master="off"), train(optimizer="adamw", precision="bf16"))
+    assert terms(wide)["optimizer"] == 4 * learnt
+    assert training_memory(state.planned(MuonClip(lr=1e-3, master="off"), train()), machines.get("laptop")).terms == (
+        training_memory(train(), machines.get("laptop")).terms  # fp32 weights have no masters to leave out
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum_dtype": "bf16"}, {"master": "off"}, {"master": "stochastic"}])
+def test_planned_state_is_what_the_optimizer_holds(settings):
+    tiny = specs.get("tiny-k2")
+    model = build.from_spec(tiny, seed=1, dtype=torch.bfloat16)
+    optim = MuonClip(lr=1e-3, **settings).build(model.named_parameters(), model.row_layouts())
+    held = sum(t.numel() * t.element_size() for name, t in optim.state_tensors().items() if "scalar" not in name)
+    found = terms(state.planned(MuonClip(lr=1e-3, **settings), train(precision="bf16")))
+    assert held == pytest.approx(found["optimizer"] + found.get("master", 0), rel=2e-3)

@@ -29,8 +29,8 @@ def rate(recipe, name, done, total):
 
 
 def test_every_step_of_the_classic_chain_has_a_recipe():
-    steps = "continual_pretrain pretrain_15t domain_sft reasoning_sft dpo rl distill_qwen7b distill_qwen32b evaluate agent"
-    assert {f"k2/{step}" for step in steps.split()} | {"kimi_linear/2m"} == set(REAL)
+    steps = "continual_pretrain pretrain_15t domain_sft lora_sft reasoning_sft dpo rl distill_qwen7b distill_qwen32b evaluate"
+    assert {f"k2/{step}" for step in (*steps.split(), "agent")} | {"kimi_linear/2m"} == set(REAL)
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -25,9 +25,9 @@ def sequence_sums(values_T: torch.Tensor, starts_S1: torch.Tensor) -> torch.Tens
     return torch.segment_reduce(values_T.double(), "sum", offsets=starts_S1)
 
 
-def spread(values_S: torch.Tensor, starts_S1: torch.Tensor) -> torch.Tensor:
-    """Each sequence's value at all its positions, [T]."""
-    return torch.repeat_interleave(values_S, starts_S1.diff())
+def spread(values_S: torch.Tensor, starts_S1: torch.Tensor, size: int) -> torch.Tensor:
+    """Each sequence's value at all its positions, [T]; `size` = T, which the host would else have to ask the device for."""
+    return torch.repeat_interleave(values_S, starts_S1.diff(), output_size=size)
 
 
 def sides(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

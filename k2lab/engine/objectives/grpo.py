@@ -90,7 +90,9 @@ class GRPO:
         from k2lab.engine.objectives._sequences import MAX_LOG_RATIO, policy, policy_metrics, spread
 
         parts = policy(model, batch, self.chunk)
-        log_ratio_T = parts.delta_T if self.importance == "token" else spread(parts.means(parts.delta_T), parts.starts_S1)
+        log_ratio_T = parts.delta_T
+        if self.importance == "sequence":
+            log_ratio_T = spread(parts.means(parts.delta_T), parts.starts_S1, len(parts.delta_T))
         ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         clipped_T = ratio_T.clamp(1 - self.clip_low, 1 + self.clip_high)
         gain_T = torch.minimum(ratio_T * parts.advantage_T, clipped_T * parts.advantage_T)
