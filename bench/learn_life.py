@@ -32,6 +32,7 @@ import transformers
 from _figures import Line, percent, stored, summary
 
 from k2lab import runner
+from k2lab.ckpt.folder import open_folder
 from k2lab.core import artifacts, events
 from k2lab.core import recipe as recipes
 from k2lab.data import shards
@@ -76,7 +77,7 @@ class Run:
     def model(self, path: Path) -> tuple[Any, Any, LocalSampler]:
         """(model, tokenizer, sampler) of a checkpoint's folder."""
         if path not in self.loaded:
-            model, tokenizer = build.load(path, device=self.device), text_tokenizer.load(path)
+            model, tokenizer = build.load(open_folder(path), device=self.device), text_tokenizer.load(path)
             sampler = LocalSampler(model.hf, tokenizer.pad_id, max_batch=256, eos_id=tokenizer.im_end_id)
             self.loaded[path] = model, tokenizer, sampler
         return self.loaded[path]

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from k2lab import __version__, specs
+from k2lab.ckpt.folder import open_folder
 from k2lab.core.events import EventWriter
 from k2lab.core.slots import load
 from k2lab.core.types import Message
@@ -73,7 +74,7 @@ class Turn:
 
 def ours(folder: Path, args: argparse.Namespace, asked: list[tuple[str, str]]) -> Turn:
     """The stage's feed, objective, optimizer and loop."""
-    tokenizer, model = tokenizers.load(folder), build.load(folder)
+    tokenizer, model = tokenizers.load(folder), build.load(open_folder(folder))
     tasks = [
         Task(key=str(n), messages=(Message.text("user", q),), answer=a, rewards=(VERIFIER,), max_tokens=args.max_tokens)
         for n, (q, a) in enumerate(asked)

@@ -19,6 +19,7 @@ examples:
   k2 plan k2/continual_pretrain --machine p5.48xlarge
   k2 eval runs/tiny/sft --prompts-jsonl prompts.jsonl
   k2 chat runs/tiny --tools python             talk to the model, which may run Python in a sandbox
+  k2 convert models/k2-thinking k2-bf16 --to bf16
   k2 list sources                              what can stand in a recipe
 """
 
@@ -118,6 +119,28 @@ def _other_verbs(verb: Verb) -> None:
     fetch.add_argument("--files", action="append", metavar="PATTERN", help="only files of this pattern (may be repeated)")
     fetch.add_argument("--table", metavar="FILE", help="your own table of names instead of the shipped one")
     fetch.add_argument("--quiet", action="store_true", help="no progress lines")
+
+    convert = verb("convert", "write a checkpoint in another format, shard by shard; what was begun is continued")
+    convert.add_argument("source", metavar="SRC", help="FP8, INT4, bf16 or fp32 model directory, DCP folder, RUN or RUN/STAGE")
+    convert.add_argument("target", metavar="DST", help="a new folder, or one that the same command has begun")
+    convert.add_argument("--to", required=True, choices=["bf16", "fp32", "fp8", "int4", "dcp"], help="the format to write")
+    convert.add_argument(
+        "--original", metavar="DIR", help="the quantised checkpoint whose bytes unchanged tensors take (default: see origin.json)"
+    )
+    convert.add_argument("--adapter", metavar="DIR", help="a PEFT LoRA folder to merge while converting")
+    convert.add_argument(
+        "--shard-bytes", metavar="N", type=int, default=5 << 30, help="bytes of a file, at most (default: 5368709120)"
+    )
+    convert.add_argument("--workers", metavar="N", type=int, default=0, help="threads (default: two per core, at most 16)")
+    convert.add_argument("--dry-run", action="store_true", help="say what would be written and what space there is, and end")
+    convert.add_argument("--quiet", action="store_true", help="no progress lines")
+
+    diff = verb("diff", "compare two checkpoints of any formats tensor by tensor")
+    diff.add_argument("a", metavar="A", help="a model directory, DCP folder, RUN or RUN/STAGE")
+    diff.add_argument("b", metavar="B", help="another one")
+    diff.add_argument("--json", action="store_true", help="everything, every tensor, for programs")
+    diff.add_argument("--exit-code", action="store_true", help="end with 5 unless all values have the same bits (default: 0)")
+    diff.add_argument("--quiet", action="store_true", help="no progress lines")
 
     new = verb("new", "write a commented starting point: a recipe or a slot file of your own")
     new.add_argument("what", help="recipe, source, filter, task, reward, schedule or stage")

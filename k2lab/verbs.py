@@ -303,14 +303,14 @@ def do_chat(args: argparse.Namespace) -> int:
     for name, tool in toolbox.tools.items():
         print(f"{name}: {tool.describe() if hasattr(tool, 'describe') else 'ready'}", file=sys.stderr)
     from k2lab.dist import mesh
-    from k2lab.models import build
     from k2lab.sampling.local import LocalSampler, check_params
+    from k2lab.stages._models import load_model
     from k2lab.text import tokenizer as text_tokenizer
 
     params = SampleParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     check_params(params)
     tokenizer = text_tokenizer.load(folder)
-    model = build.load(folder, device=mesh.pick_device(args.device))
+    model = load_model(folder, device=mesh.pick_device(args.device))
     printer = chat.Printer()
     session = chat.Session(
         LocalSampler(model.hf, tokenizer.pad_id, eos_id=tokenizer.im_end_id),
@@ -350,6 +350,20 @@ def do_fetch(args: argparse.Namespace) -> int:
     if line := fetch.paste(item, to):
         print(f"in a recipe:  {line}")
     return 0
+
+
+def do_convert(args: argparse.Namespace) -> int:
+    """`k2 convert`."""
+    from k2lab import weights
+
+    return weights.convert(args)
+
+
+def do_diff(args: argparse.Namespace) -> int:
+    """`k2 diff`."""
+    from k2lab import weights
+
+    return weights.diff(args)
 
 
 def do_check(args: argparse.Namespace) -> int:

@@ -8,15 +8,12 @@ models by their fields.
 from __future__ import annotations
 
 import json
-import re
-import warnings
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -27,25 +24,19 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from transformers.utils import logging as transformers_logging
 
 from k2lab.core.artifacts import disk_errors, write_json
 from k2lab.core.errors import CheckpointError, RecipeError
 from k2lab.core.rng import rng
-from k2lab.models import cpu, export, local_heads
-from k2lab.models.wrap import ALWAYS_FP32, TrainModel
+from k2lab.core.types import TensorSource
+from k2lab.models import cpu, export, local_heads, packed, qat, reading
+from k2lab.models.swap import swap
+from k2lab.models.wrap import TrainModel
 from k2lab.specs import ModelSpec
-
-
-class KimiLinear(KimiLinearForCausalLM):
-    """transformers' class, with router bias and decay parameters kept in fp32 when the rest is loaded in half precision."""
-
-    _keep_in_fp32_modules_strict = ALWAYS_FP32
-
 
 CLASSES: dict[str, tuple[type, type]] = {
     "kimi_k2": (DeepseekV3Config, DeepseekV3ForCausalLM),
-    "kimi_linear": (KimiLinearConfig, KimiLinear),
+    "kimi_linear": (KimiLinearConfig, KimiLinearForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
@@ -89,12 +80,19 @@ def blank(spec: ModelSpec, device: torch.device | str = "cpu") -> Any:
     """transformers' model of this shape in fp32, buffers set, parameters not: they hold whatever was in memory."""
     if torch.device(device).type == "cpu":
         cpu.keep_memory()
-    with torch.device("meta"):
-        hf = _class_of(spec)(hf_config(spec))
-    hf.to_empty(device=device)
-    hf.tie_weights()
+    hf = _on_meta(spec)
+    reading.materialise(hf, device)
+    for name, buffer in hf.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.zero_()
     _fill_buffers(hf)
     return hf
+
+
+def _on_meta(spec: ModelSpec) -> Any:
+    """transformers' model of this shape without memory."""
+    with torch.device("meta"):
+        return _class_of(spec)(hf_config(spec))
 
 
 def initial(name: str, shape: tuple[int, ...], seed: int, std: float) -> np.ndarray:
@@ -131,9 +129,9 @@ def _fill(tensor: torch.Tensor, name: str, seed: int, std: float) -> None:
 
 @torch.no_grad()
 def _fill_buffers(hf: Any) -> None:
-    """Buffers that `to_empty` left unset: router biases start at 0, rotary frequencies follow from the config."""
+    """Buffers that no checkpoint holds: rotary frequencies follow from the config, counts start at 0."""
     for name, buffer in hf.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith("k2_counts"):
             buffer.zero_()
     for module in hf.modules():
         if hasattr(module, "original_inv_freq"):
@@ -143,7 +141,7 @@ def _fill_buffers(hf: Any) -> None:
             module.attention_scaling = fresh.attention_scaling
 
 
-# ---------------------------------------------------------------- from and to a folder
+# ---------------------------------------------------------------- from a checkpoint, and to a folder
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -160,78 +158,63 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     return table
 
 
-# Tensors of a vision-language checkpoint (Kimi K2.5 and later, Kimi-VL): the text tower's have this prefix, these others are not
-# ours.
-TOWER = "language_model."
-VISION = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
+def load(
+    source: TensorSource,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    experts: Literal["dense", "packed"] = "dense",
+    shard: Callable[[torch.nn.Module], Any] | None = None,
+    threads: int = 1,
+) -> TrainModel:
+    """A model from a checkpoint of any format that `source` reads (`ckpt.folder.open_folder`): Kimi K2, DeepSeek-V3, Moonlight,
+    Kimi Linear, Qwen2, Llama; of Kimi K2.5 and later the text tower.
 
+    Quantised weights are decoded into `dtype` piece by piece; router biases and decay parameters are at least fp32. `experts` =
+    "packed" keeps the routed experts of an INT4 checkpoint as codes and scales, frozen (`packed.PackedExperts`). `shard`, for
+    example a function that calls FSDP2's `fully_shard` on layers, sees the model before it has memory; of what it makes DTensors
+    each rank reads its own shards only. `threads` > 1 reads several tensors at once.
 
-def load(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TrainModel:
-    """A model from a folder with config.json and safetensors, in the released tensor names: Kimi K2, DeepSeek-V3, Moonlight,
-    Kimi Linear, Qwen2, Llama; of Kimi K2.5 and later the text tower, under the names that it has without its prefix.
-
-    Vision tensors are left where they are, and a warning counts them. Raises CheckpointError for a folder that is incomplete or
-    quantised, RecipeError for other models (Kimi K3 among them).
+    Either the whole model is there or an error is raised: CheckpointError if the tensors are not those of the config, RecipeError
+    for other models (Kimi K3 among them) and settings that we do not train.
     """
-    table = read_config(path)
+    table = source.config()
     text = table["text_config"] if isinstance(table.get("text_config"), dict) else table
-    quantised = table.get("quantization_config") or text.get("quantization_config")
-    if quantised:
-        raise CheckpointError(
-            f"{path} holds quantised weights",
-            got=quantised.get("quant_method"),
-            allowed="fp32, bf16 or fp16 safetensors",
-            next="Convert it to bf16 first",
-        )
-    spec = ModelSpec.from_config(table, name=Path(path).name)
+    spec = getattr(source, "spec", None) or ModelSpec.from_config(table)
     if text.get("attention_dropout"):
+        where = getattr(source, "path", None)
         raise RecipeError(
-            "attention dropout is not supported", where=f"{path}/config.json", got=text["attention_dropout"], allowed="0"
+            "attention dropout is not supported",
+            where=f"{where}/config.json" if where else "config.json",
+            got=text["attention_dropout"],
+            allowed="0",
         )
-    hf, info = _read(path, spec, dtype, device, {} if text is table else {"key_mapping": {rf"^{re.escape(TOWER)}": ""}})
-    unexpected = [name for name in info["unexpected_keys"] if not re.search(r"inv_freq$|\.layers\.61\.", name)]
-    vision = [name for name in unexpected if text is not table and name.startswith(VISION)]
-    odd = [*info["missing_keys"], *(set(unexpected) - set(vision)), *(str(name) for name in info["mismatched_keys"])]
-    if odd:
-        raise CheckpointError(
-            f"the tensors in {path} are not those of its config.json: {len(odd)} are missing, unexpected or of another shape",
-            got=", ".join(sorted(map(str, odd))[:5]),
-        )
-    if vision:
-        parts = Counter(name.split(".", 1)[0] for name in vision)
-        shown = ", ".join(f"{count} of {part}" for part, count in sorted(parts.items()))
-        warnings.warn(f"{path}: the text tower was loaded; vision tensors were skipped: {shown}", stacklevel=2)
-    return TrainModel(hf, spec).to(device=device)
-
-
-def _read(
-    path: Path | str, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str, more: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """transformers' model and what its loader says of missing and unexpected tensors."""
+    grid = qat.wanted(text)
     if torch.device(device).type == "cpu":
         cpu.keep_memory()
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        return _class_of(spec).from_pretrained(
-            str(path), config=hf_config(spec), dtype=dtype, output_loading_info=True, local_files_only=True, **more
-        )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+    hf = swap(_on_meta(spec).eval())
+    if experts == "packed":
+        packed.replace(hf)
+    reading.cast(hf, dtype)
+    if shard is not None:
+        shard(hf)
+    reading.fill(hf, spec, source, dtype, device, threads)
+    _fill_buffers(hf)
+    hf.config.dtype = dtype
+    return TrainModel(hf, spec).qat(grid)
 
 
 def save(model: TrainModel, folder: Path | str) -> None:
     """Writes safetensors under the released tensor names (experts one by one) and a legacy config.json into `folder`.
 
-    The dtype is the model's; router bias and decay parameters stay fp32. `load` gives back the same bits.
+    The dtype is the model's; router bias and decay parameters stay fp32. `load` gives back the same bits. Adapters are merged,
+    packed experts decoded, layer by layer.
     """
     folder = Path(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        export.write(model.state(), model.spec.family, folder)
+        export.write(model.weights(), model.spec.family, folder)
     table = model.spec.config()
     table["torch_dtype"] = str(model.head().dtype).removeprefix("torch.")
+    qat.mark(table, model)
     write_json(folder / "config.json", table)

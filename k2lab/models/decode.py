@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from k2lab.models import attention
+from k2lab.models import attention, lora
 from k2lab.models.decode_layers import New, Places, Rope, kind_of, linear, mlp_of, plain_mlp, rms
 from k2lab.models.pack import Pack
 
@@ -28,14 +28,16 @@ ROPES = ("default", "yarn", "linear", "llama3")  # kinds whose angles depend on 
 
 
 def supports(hf: Any) -> bool:
-    """True if every layer of the transformers model `hf` is one that `Decoder` knows, without adapters, hooks or dropout."""
+    """True if every layer of the transformers model `hf` is one that `Decoder` knows, without hooks, dropout or adapters other
+    than those of `lora`."""
     config = hf.config
     layers = getattr(hf.base_model, "layers", None)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if layers is None or rope not in ROPES or getattr(config, "_attn_implementation", "") != attention.NAME:
         return False
     for module in hf.modules():
-        if isinstance(module, torch.nn.Linear) and not {n for n, _ in module.named_parameters()} <= {"weight", "bias"}:
+        known = {"weight", "bias", *lora.FACTORS} if isinstance(module, lora.LoRALinear) else {"weight", "bias"}
+        if isinstance(module, torch.nn.Linear) and not {n for n, _ in module.named_parameters()} <= known:
             return False
         if module._forward_hooks or module._forward_pre_hooks:
             return False

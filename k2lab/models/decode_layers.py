@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from k2lab.models import attention, experts, gemm
+from k2lab.models import attention, experts, gemm, lora, packed, qat
 from k2lab.models.delta import FastKDA
 from k2lab.models.kda import decay_gate, unit
 from k2lab.models.mla import FastMLA
@@ -287,10 +287,18 @@ class Latent:
         self.keys.append(key_BC[:, None], places)
         weight_HCL = m.kv_b_proj.weight.view(H, -1, L)
         q_BUHC = x_BD.new_empty(B, 1, H, L + R)
-        q_BUHC[:, 0, :, :L] = torch.bmm(q_BHC[..., :N].transpose(0, 1), weight_HCL[:, :N]).transpose(0, 1)
+        q_HBL = torch.bmm(q_BHC[..., :N].transpose(0, 1), weight_HCL[:, :N])
+        low = low_rank(m.kv_b_proj)
+        if low is not None:
+            B_HCr = low.B.view(H, -1, low.B.shape[1])
+            q_HBL = q_HBL.add_(torch.bmm(q_BHC[..., :N].transpose(0, 1), B_HCr[:, :N]) @ low.A, alpha=low.scale)
+        q_BUHC[:, 0, :, :L] = q_HBL.transpose(0, 1)
         q_BUHC[:, 0, :, L:] = q_BHC[..., N:]
         mixed_BUHL = attend(q_BUHC, self.keys, self.keys, L, m.scaling, places)
-        out_HBV = torch.bmm(mixed_BUHL[:, 0].transpose(0, 1), weight_HCL[:, N:].transpose(1, 2))
+        mixed_HBL = mixed_BUHL[:, 0].transpose(0, 1)
+        out_HBV = torch.bmm(mixed_HBL, weight_HCL[:, N:].transpose(1, 2))
+        if low is not None:
+            out_HBV = out_HBV.add_(torch.bmm(mixed_HBL @ low.A.t(), B_HCr[:, N:].transpose(1, 2)), alpha=low.scale)
         return linear(out_HBV.transpose(0, 1).reshape(B, -1), m.o_proj)
 
 
@@ -416,7 +424,14 @@ class Delta:
 
 
 def linear(x_BI: torch.Tensor, module: torch.nn.Linear) -> torch.Tensor:
-    return gemm.linear(x_BI, module.weight) if module.bias is None else F.linear(x_BI, module.weight, module.bias)
+    y = gemm.linear(x_BI, module.weight) if module.bias is None else F.linear(x_BI, module.weight, module.bias)
+    low = low_rank(module)
+    return y if low is None else y.addmm_(x_BI @ low.A.t(), low.B.t(), alpha=low.scale)
+
+
+def low_rank(module: Any) -> lora.Pair | None:
+    """A linear layer's low-rank adapter, or None."""
+    return lora.Pair(module.lora_A, module.lora_B, module.k2_scale) if isinstance(module, lora.LoRALinear) else None
 
 
 def rms(x: torch.Tensor, norm: Any) -> torch.Tensor:
@@ -430,8 +445,9 @@ def mlp_of(x_BD: torch.Tensor, mlp: Any) -> torch.Tensor:
     if hasattr(mlp, "gate_proj"):
         return linear(F.silu(linear(x_BD, mlp.gate_proj), inplace=True).mul_(linear(x_BD, mlp.up_proj)), mlp.down_proj)
     _, weights_BK, chosen_BK = mlp.gate(x_BD)
-    if x_BD.device.type == "cpu" and mlp.experts.config._experts_implementation == experts.NAME:
-        out_BD = _experts(x_BD, chosen_BK, weights_BK.to(x_BD.dtype), mlp.experts.gate_up_proj, mlp.experts.down_proj)
+    dense = not isinstance(mlp.experts, packed.PackedExperts) and packed.lora_of(mlp.experts) is None
+    if dense and x_BD.device.type == "cpu" and mlp.experts.config._experts_implementation == experts.NAME:
+        out_BD = _experts(x_BD, chosen_BK, weights_BK.to(x_BD.dtype), *qat.weights(mlp.experts))
     else:
         out_BD = mlp.experts(x_BD, chosen_BK, weights_BK)
     return out_BD + mlp_of(x_BD, mlp.shared_experts)

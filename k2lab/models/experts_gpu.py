@@ -14,6 +14,7 @@ of slots, `M` tiles of rows, `C` summed-over columns. Weights: gate_up [E, 2F, D
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -277,53 +278,65 @@ def _swiglu_grad(
 
 
 class ExpertsGPU(torch.autograd.Function):
-    """Sum over a token's chosen experts of weight * expert(token). x [T, D], chosen i64[T, K], weights [T, K] -> [T, D]."""
+    """Sum over a token's chosen experts of weight * expert(token). x [T, D], chosen i64[T, K], weights [T, K] -> [T, D].
+
+    `seen` (of `qat`), if given, says what the weights are multiplied as: one weight after the other, again in the backward pass.
+    Gradients are those of the weights, straight through."""
 
     @staticmethod
-    def forward(ctx, x, chosen, weights, gate_up, down):
+    def forward(ctx, x, chosen, weights, gate_up, down, seen=None):
+        seen = seen or _as_it_is
         at, weight_N = route(chosen, len(gate_up)), weights.reshape(-1)
         x, ctx.fast = x.contiguous(), fast(x, down)
         if ctx.fast:
-            pre, act = up_swiglu(x, gate_up, weight_N, at)
-            rows = rows_product(act, down, at, transposed=True)
+            pre, act = up_swiglu(x, seen(gate_up), weight_N, at)
+            rows = rows_product(act, seen(down), at, transposed=True)
         else:
-            pre = _grouped_mm(spread(x, at), gate_up.transpose(1, 2), at.ends_E)
+            pre = _grouped_mm(spread(x, at), seen(gate_up).transpose(1, 2), at.ends_E)
             act = _swiglu(pre, weight_N, at)
-            rows = _grouped_mm(act, down.transpose(1, 2), at.ends_E)
+            rows = _grouped_mm(act, seen(down).transpose(1, 2), at.ends_E)
         ctx.save_for_backward(x, pre, weights, gate_up, down, *at.tensors)
-        ctx.top_k = at.top_k
+        ctx.top_k, ctx.seen = at.top_k, seen
         return combine(rows, at)
 
     @staticmethod
     def backward(ctx, grad):
         x, pre, weights, gate_up, down, *tensors = ctx.saved_tensors
-        at, weight_N = Route(*tensors, ctx.top_k), weights.reshape(-1)
+        at, weight_N, seen = Route(*tensors, ctx.top_k), weights.reshape(-1), ctx.seen
         into_up, into_down = room(gate_up), room(down)
+        wanted = ctx.needs_input_grad[3:5]  # not those of frozen weights
         grad_rows = spread(grad.contiguous(), at)
         if ctx.fast:
-            grad_act = rows_product(grad_rows, down, at, transposed=False)
+            grad_act = rows_product(grad_rows, seen(down), at, transposed=False)
             grad_pre, act, grad_weight_N = _swiglu_grad(grad_act, pre, weight_N, at)
             del grad_act
-            grad_down = weights_product(grad_rows, act, at, into_down)
+            grad_down = weights_product(grad_rows, act, at, into_down) if wanted[1] else None
             del grad_rows, act
-            grad_x = combine(rows_product(grad_pre, gate_up, at, transposed=False), at)
-            grad_up = weights_product(grad_pre, spread(x, at), at, into_up)
+            grad_x = combine(rows_product(grad_pre, seen(gate_up), at, transposed=False), at)
+            grad_up = weights_product(grad_pre, spread(x, at), at, into_up) if wanted[0] else None
         else:
-            grad_pre, act, grad_weight_N = _swiglu_grad(_grouped_mm(grad_rows, down, at.ends_E), pre, weight_N, at)
-            grad_down = _grouped_mm(grad_rows.t(), act, at.ends_E)
+            grad_pre, act, grad_weight_N = _swiglu_grad(_grouped_mm(grad_rows, seen(down), at.ends_E), pre, weight_N, at)
+            grad_down = _grouped_mm(grad_rows.t(), act, at.ends_E) if wanted[1] else None
             del grad_rows, act
-            grad_x = combine(_grouped_mm(grad_pre, gate_up, at.ends_E), at)
-            grad_up = _grouped_mm(grad_pre.t(), spread(x, at), at.ends_E)
+            grad_x = combine(_grouped_mm(grad_pre, seen(gate_up), at.ends_E), at)
+            grad_up = _grouped_mm(grad_pre.t(), spread(x, at), at.ends_E) if wanted[0] else None
             grad_up, grad_down = (g if i is None else i.add_(g) for g, i in ((grad_up, into_up), (grad_down, into_down)))
         grad_weights = grad_weight_N.to(weights.dtype).view(weights.shape)
-        return grad_x, None, grad_weights, None if into_up is not None else grad_up, None if into_down is not None else grad_down
+        grad_up, grad_down = None if into_up is not None else grad_up, None if into_down is not None else grad_down
+        return grad_x, None, grad_weights, grad_up, grad_down, None
+
+
+def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def experts(
-    x_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
-    """Sum over each token's chosen experts of weight x expert(token), [T, D]; ids outside [0, E) add nothing. See `obstacle`."""
-    return ExpertsGPU.apply(x_TD, chosen_TK, weights_TK, gate_up, down)
+    x_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Sum over each token's chosen experts of weight x expert(token), [T, D]; ids outside [0, E) add nothing. See `obstacle`, and
+    `ExpertsGPU` for `seen`."""
+    return ExpertsGPU.apply(x_TD, chosen_TK, weights_TK, gate_up, down, seen)
 
 
 class DenseSwiGLUGPU(torch.autograd.Function):
@@ -350,9 +363,12 @@ class DenseSwiGLUGPU(torch.autograd.Function):
         T, F = len(x), len(w_gate)
         act, grad_pre = grad @ w_down, torch.empty_like(pre)
         kernels.dense_grad_kernel[(-(-T // 4), -(-F // 1024))](act, pre, grad_pre, T, F, 4, 1024, num_warps=8)
-        grad_down = sum_grad_weight(w_down, grad, act)
+        frozen = not any(ctx.needs_input_grad[1:])
+        grad_down = None if frozen else sum_grad_weight(w_down, grad, act)
         del act
         grad_x = grad_pre @ torch.cat([w_gate, w_up])
+        if frozen:
+            return grad_x, None, None, None
         if room(w_gate) is None and room(w_up) is None:
             grad_gate, grad_up = (grad_pre.t() @ x).chunk(2)
         else:

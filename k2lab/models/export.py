@@ -2,56 +2,29 @@
 
 transformers' own `save_pretrained` would do for Kimi K2, but for Kimi Linear it also renames the dense first layer's `mlp` to
 `block_sparse_moe`, a name that no released checkpoint has.
-
-Legend: `E` experts, `F` expert hidden width, `X` channels of one convolution. Fused experts: gate_up [E, 2F, D], down [E, D, F].
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from k2lab.specs import pieces
+
 SHARD_BYTES = 5 << 30
-_LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)")
-# names of a gate, up and down matrix of one expert
-_MATRICES = {"kimi_k2": ("gate_proj", "up_proj", "down_proj"), "kimi_linear": ("w1", "w3", "w2")}
 
 
 def released(name: str, tensor: torch.Tensor, family: str) -> Iterator[tuple[str, torch.Tensor]]:
     """(released name, tensor) of one tensor of a transformers model: fused experts one by one, stacked convolutions apart."""
-    match = _LAYER.fullmatch(name)
-    if match is None or family not in _MATRICES:
-        yield name, tensor
-        return
-    prefix, rest = match.groups()
-    if family == "kimi_linear":
-        rest = rest.replace("self_attn.forget_gate.", "self_attn.")
-        if re.match(r"mlp\.(gate|experts|shared_experts)\.", rest):
-            rest = "block_sparse_moe." + rest.removeprefix("mlp.")
-        if rest == "self_attn.conv1d.weight":
-            for part, weight in zip("qkv", tensor.chunk(3, dim=0)):
-                yield f"{prefix}self_attn.{part}_conv1d.weight", weight
-            return
-    gate, up, down = _MATRICES[family]
-    if rest.endswith(".experts.gate_up_proj"):
-        stem = prefix + rest.removesuffix("gate_up_proj")
-        for expert, both in enumerate(tensor):
-            for matrix, weight in zip((gate, up), both.chunk(2, dim=0)):
-                yield f"{stem}{expert}.{matrix}.weight", weight
-    elif rest.endswith(".experts.down_proj"):
-        stem = prefix + rest.removesuffix("down_proj")
-        for expert, weight in enumerate(tensor):
-            yield f"{stem}{expert}.{down}.weight", weight
-    else:
-        yield prefix + rest, tensor
+    for piece in pieces(name, tuple(tensor.shape), family):
+        yield piece.name, tensor[piece.region]
 
 
-def write(state: dict[str, torch.Tensor], family: str, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def write(state: Mapping[str, torch.Tensor], family: str, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes `state` (transformers names) into `folder`: model.safetensors, or shards of at most `shard_bytes` and their
     index."""
     names = [

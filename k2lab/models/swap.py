@@ -37,7 +37,8 @@ PARTS: dict[str, type[torch.nn.Module]] = {
 
 
 @cache
-def _mixed(part: type[torch.nn.Module], original: type[torch.nn.Module]) -> type[torch.nn.Module]:
+def mixed(part: type[torch.nn.Module], original: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """A subclass of `original` that `part` is mixed into."""
     if issubclass(part, original):
         return part
     return type(f"K2{original.__name__}", (part, original), {"__doc__": part.__doc__, "__module__": __name__})
@@ -52,7 +53,7 @@ def swap(model: torch.nn.Module) -> torch.nn.Module:
             continue
         if part is FastMLP and module.config.hidden_act != "silu":
             continue
-        module.__class__ = _mixed(part, type(module))
+        module.__class__ = mixed(part, type(module))
         if part is FastMLA:
             module.k2_stats = LogitStats()
         elif part is CountingRouter:

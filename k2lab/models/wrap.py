@@ -5,7 +5,7 @@ Legend: `T` packed tokens, `S` documents, `D` width, `W` vocabulary, `H` heads, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from k2lab.core.errors import CheckpointError
 from k2lab.core.types import Batch, RowLayout
-from k2lab.models import attention, experts
+from k2lab.models import attention, experts, lora, packed, qat
 from k2lab.models.attention import LogitStats
 from k2lab.models.pack import Pack
 from k2lab.models.swap import swap
@@ -38,6 +38,7 @@ class TrainModel:
             module.layer_idx: module.k2_stats for module in hf.modules() if hasattr(module, "k2_stats")
         }
         self._routers = {name: module for name, module in hf.named_modules() if hasattr(module, "k2_counts")}
+        self.adapters: lora.Settings | None = None  # of low-rank adapters, set where these are put on (`lora.attach`)
 
     # ------------------------------------------------------------ facts
 
@@ -62,8 +63,12 @@ class TrainModel:
         yield from self.hf.named_parameters()
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Model flops of forward and backward per token of sequences of `seq_len` tokens."""
-        return sum(self.spec.flops_per_token(seq_len).values())
+        """Model flops of forward and backward per token of sequences of `seq_len` tokens. Matrices that are frozen under adapters
+        have no gradient: two forward passes instead of three, and the adapters' own three."""
+        terms = self.spec.flops_per_token(seq_len)
+        if self.adapters is not None:
+            terms = {**terms, "matmul": terms["matmul"] * 2 / 3, "adapters": 6.0 * lora.active(self)}
+        return sum(terms.values())
 
     def row_layouts(self) -> list[RowLayout]:
         """Query and key-value projections of every MLA layer, for QK-Clip; empty for dense students."""
@@ -92,6 +97,7 @@ class TrainModel:
 
     def train(self, mode: bool = True) -> TrainModel:
         self.hf.train(mode)
+        qat.forget(self.hf)
         return self
 
     def eval(self) -> TrainModel:
@@ -101,14 +107,25 @@ class TrainModel:
         """Moves the model; `dtype` leaves router bias and decay parameters in fp32 at least."""
         if dtype is not None:
             for name, tensor in (*self.hf.named_parameters(), *self.hf.named_buffers()):
-                # inverse rotary frequencies are no weights and keep their precision
-                if not tensor.is_floating_point() or name.endswith("inv_freq"):
+                # inverse rotary frequencies are no weights and keep their precision; scales are part of a format
+                if not tensor.is_floating_point() or name.endswith(("inv_freq", *packed.SCALES)):
                     continue
                 keep = name.rsplit(".", 1)[-1] in ALWAYS_FP32
                 tensor.data = tensor.data.to(torch.promote_types(dtype, torch.float32) if keep else dtype)
         if device is not None:
             self.hf.to(device)
         return self
+
+    def qat(self, format: str | None = "int4_group", where: str | None = None) -> TrainModel:
+        """Quantisation-aware training of the routed experts: from now on every pass multiplies by the values that an export in
+        this format holds; None ends it. Raises RecipeError if the model has no such experts (`where`: the recipe's key)."""
+        qat.switch(self, format, where)
+        return self
+
+    @property
+    def qat_format(self) -> str | None:
+        """The format of quantisation-aware training that is on."""
+        return qat.format_of(self.hf)
 
     def recompute(self, on: bool = True) -> TrainModel:
         """Activation recomputation per layer in the backward pass: less memory, about a third more time."""
@@ -198,8 +215,16 @@ class TrainModel:
 
     # ------------------------------------------------------------ state
 
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Parameters and router biases by transformers name, in this model's number type, as of a dense model without adapters:
+        references where there are such tensors; merged or decoded ones are computed when they are asked for."""
+        return lora.Weights(self)
+
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything that training changes: parameters and router biases, by transformers name. References, not copies."""
+        """Everything that training changes: parameters and router biases, by transformers name; of a model with adapters these
+        alone. References, not copies."""
+        if self.adapters is not None:
+            return {name: tensor.detach() for name, tensor in self.hf.named_parameters() if lora.is_factor(name)}
         tied = {"lm_head.weight"} if self.spec.tie_word_embeddings else set()
         return {name: tensor for name, tensor in self.hf.state_dict().items() if name not in tied}
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from k2lab.core.errors import RecipeError, did_you_mean
+from k2lab.specs._fused import Piece, pieces
 from k2lab.specs.spec import FORMATS, ModelSpec
 
-__all__ = ["FORMATS", "ModelSpec", "from_recipe", "get", "names"]
+__all__ = ["FORMATS", "ModelSpec", "Piece", "from_recipe", "get", "names", "pieces"]
 
 
 @cache

@@ -192,6 +192,24 @@ class ModelSpec:
             )
         return sum(_tensors.tensor_bytes(tensor, format, FP8_BLOCK, INT4_GROUP) * tensor.count for tensor in self.tensors())
 
+    def require_int4(self, where: str | None = None) -> None:
+        """Raises RecipeError unless models of this shape have routed experts whose rows are whole INT4 groups."""
+        if not self.n_routed_experts:
+            raise RecipeError(
+                f"{self.name} has no routed experts, and INT4 is for these only",
+                where=where,
+                got=f"family {self.family}",
+                allowed="a model with a mixture of experts",
+            )
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, name) % INT4_GROUP:
+                raise RecipeError(
+                    f"the rows of {self.name}'s experts cannot be split into INT4 groups",
+                    where=where,
+                    got=f"{name} = {getattr(self, name)}",
+                    allowed=f"multiples of {INT4_GROUP}",
+                )
+
     def kv_bytes_per_token(self, dtype_bytes: int = 2) -> int:
         """Bytes of cache that each token of context adds: (kv_lora_rank + qk_rope_head_dim) per MLA layer, 2 x heads x head_dim
         per ordinary attention layer, nothing for KDA."""

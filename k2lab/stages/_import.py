@@ -39,9 +39,12 @@ def import_gguf(path: Path, work: Path, chat_tokens: bool, dtype: Any = None) ->
 
 
 def import_folder(path: Path, work: Path, chat_tokens: bool, dtype: Any = None) -> dict[str, Any]:
-    """As `import_gguf`, for a model directory with config.json, safetensors and tokenizer.json."""
+    """As `import_gguf`, for a model directory with config.json, safetensors (quantised or not) and tokenizer.json. What training
+    leaves alone of a quantised one is later exported from its own bytes, which `origin.json` names."""
     import torch
 
+    from k2lab.ckpt import origin
+    from k2lab.ckpt.folder import open_folder
     from k2lab.core.errors import CheckpointError
     from k2lab.models import build
 
@@ -49,13 +52,16 @@ def import_folder(path: Path, work: Path, chat_tokens: bool, dtype: Any = None) 
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
             raise CheckpointError(f"{path} holds no {name}", allowed="config.json, safetensors and tokenizer.json")
-    model = build.load(path, dtype=dtype)
+    with open_folder(path) as source:
+        model = build.load(source, dtype=dtype)
     spec = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
     settings = {}
     if (path / "tokenizer_config.json").is_file():
         settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
     facts = _finish(dict(model.state()), model.spec.config(), spec, settings, work, chat_tokens, dtype)
-    return {"format": "safetensors", **facts}
+    origin.carry(path, work)
+    quantised = {"quantised": [source.format]} if source.format in ("fp8_block", "int4_group") else {}
+    return {"format": "safetensors", **quantised, **facts}
 
 
 def _finish(

@@ -67,8 +67,8 @@ def _compute(
 
     from k2lab.data.pack import pack
     from k2lab.engine.step import to_device
-    from k2lab.models import build
     from k2lab.models.losses import token_logprobs
+    from k2lab.stages._models import load_model
 
     sizes = np.cumsum([0, *(4 * sum(len(samples[place].tokens) for place in batch) for _, batch in mine)])
     have = part.stat().st_size if part.exists() else 0
@@ -76,7 +76,7 @@ def _compute(
     device, dtype = how
     if done == len(mine):
         return
-    model = build.load(folder, dtype=dtype, device=device).eval()
+    model = load_model(folder, dtype=dtype, device=device).eval()
     with disk_errors(part), part.open("ab") as file, torch.no_grad():
         file.truncate(int(sizes[done]))  # a torn batch is computed again
         for count, (_, places) in enumerate(mine[done:], start=done + 1):

@@ -162,9 +162,9 @@ def _measure(stage: Rl, ctx: StageContext, tokenizer: Any, tasks: list[Task]) ->
     from k2lab.core.types import SampleParams
     from k2lab.dist import mesh
     from k2lab.gym.rollouts import roll_out
-    from k2lab.models import build
     from k2lab.sampling.local import LocalSampler
     from k2lab.stages._journal import Journal
+    from k2lab.stages._models import load_model
 
     if stage.pass_tasks and len(tasks) > stage.pass_tasks:
         ranked = sorted(tasks, key=lambda task: derive(ctx.seed, ctx.name, "measured", task.key))
@@ -177,7 +177,7 @@ def _measure(stage: Rl, ctx: StageContext, tokenizer: Any, tasks: list[Task]) ->
         for number, piece in enumerate(pieces):
             if number >= len(journal.entries):
                 if sampler is None:
-                    model = build.load(ctx.parent("start").path, device=mesh.pick_device(ctx.device))
+                    model = load_model(ctx.parent("start").path, device=mesh.pick_device(ctx.device))
                     sampler = LocalSampler(model.hf, tokenizer.pad_id, stage.sample_batch, eos_id=tokenizer.im_end_id)
                 groups = roll_out(
                     piece,

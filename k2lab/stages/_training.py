@@ -13,6 +13,9 @@ from k2lab.core.batches import check_batch
 from k2lab.core.errors import RecipeError
 from k2lab.core.stage import CheckpointRef, RunFlag, Slot, Stage, StageContext
 from k2lab.core.types import PlanInput
+from k2lab.plan import state
+from k2lab.stages import _lora
+from k2lab.stages._lora import Lora
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tiktoken.model")
 
@@ -50,11 +53,18 @@ class Training(Stage):
     optim: Annotated[Any, Slot("optimizer")]
     # Rate of the aux-loss-free router bias (0 = off): each step, bias += rate x sign(mean load - load), then centred.
     router_bias_rate: float = 1e-3
+    # "quantile" = instead, the bias with which the step's tokens would have loaded all experts equally; no rate, but 0 = off.
+    router_bias_rule: Literal["sign", "quantile"] = "sign"
     # Validate every so many steps (0 = never) on at most this many held-out tokens.
     valid_every: int = 50
     valid_tokens: int = 16384
     early_stop: EarlyStopping | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    # "int4" = quantisation-aware training: routed experts multiply by the INT4 values that an export of them will hold. Also on
+    # if the checkpoint to begin from was trained so and is not exported yet.
+    qat: Literal["none", "int4"] = "none"
+    # Train low-rank adapters on a frozen model instead of its weights; router biases belong to the frozen model and stay.
+    lora: Lora | None = None
     # Save a step checkpoint every so many steps, keep the newest few while the stage is unfinished.
     checkpoint_every: Annotated[int, RunFlag()] = 100
     keep_checkpoints: Annotated[int, RunFlag()] = 2
@@ -75,13 +85,16 @@ class Training(Stage):
         if self.early_stop is not None and not self.valid_every:
             raise RecipeError("early_stop needs validation: set valid_every", where=f"{where}.early_stop")
         check_batch(self.global_batch, self.per_device_batch, 1, where)
+        _lora.check(self, where)
 
     def check_ranks(self, where: str, world: int) -> None:
         check_batch(self.global_batch, self.per_device_batch, world, where)
 
     def plan_inputs(self, name: str, model: Any, gpus: int = 1) -> PlanInput:
         check_batch(self.global_batch, self.per_device_batch, gpus, f"stage.{name}")
-        return PlanInput(
+        if self.qat == "int4" and model is not None:
+            model.require_int4(f"stage.{name}.qat")
+        plan = PlanInput(
             stage=name,
             type=self.slot_name,
             kind="train",
@@ -96,6 +109,7 @@ class Training(Stage):
             precision=self.precision,
             notes=(f"length set by epochs = {self.epochs}",) if self.epochs is not None else (),
         )
+        return _lora.planned(self, plan) if self.lora is not None else state.planned(self.optim, plan)
 
     def total_steps(self, tokens_in_data: int) -> int:
         """Optimizer steps, from whichever of steps, token_target and epochs was given (rows counted as full)."""
@@ -143,10 +157,13 @@ def execute(
     import torch
 
     from k2lab import specs
+    from k2lab.ckpt import origin
     from k2lab.dist import mesh
     from k2lab.engine.loop import train
     from k2lab.engine.run import EarlyStop, TrainRun
     from k2lab.models import build
+    from k2lab.models.router import track_quantiles
+    from k2lab.stages._models import load_model
 
     rank, world, device = mesh.init(ctx.device)
     stage.check_ranks(f"stage.{ctx.name}", world)
@@ -154,8 +171,11 @@ def execute(
     check_streams(objective, feed.gives, f"stage.{ctx.name}")
     dtype = torch.float32 if stage.precision == "fp32" else torch.bfloat16
     spec = None
-    if stage.start is not None:
-        model = build.load(ctx.parent("start").path, dtype=dtype, device=device)
+    adapted: dict[str, int] = {}
+    if stage.lora is not None:
+        model, adapted = _lora.begin(stage, ctx, dtype, device)
+    elif stage.start is not None:
+        model = load_model(ctx.parent("start").path, dtype, device, merge=True)
     else:
         spec = model_spec if model_spec is not None else specs.from_recipe(ctx.model)
         model = build.from_spec(spec, seed=ctx.seed, dtype=dtype, device=device)
@@ -165,11 +185,16 @@ def execute(
             where=f"stage.{ctx.name}",
             next="Make vocab_size of the model and of the tokenizer stage equal",
         )
+    if stage.qat == "int4":
+        model.qat("int4_group", where=f"stage.{ctx.name}.qat")
     tau = getattr(stage.optim, "tau", None)
     model.capture_max_logits(tau)
     optim = stage.optim.build(model.named_parameters(), model.row_layouts())
     if hasattr(feed, "attach"):
         feed.attach(model)
+    bias_rate = stage.router_bias_rate if model.routers() and stage.lora is None else 0.0
+    if bias_rate and stage.router_bias_rule == "quantile":
+        track_quantiles(model)
     total = stage.total_steps(tokens_in_data)
     peak = peak_flops(device)
     run = TrainRun(
@@ -186,7 +211,8 @@ def execute(
         early_stop=EarlyStop(patience=stage.early_stop.patience, min_delta=stage.early_stop.min_delta)
         if stage.early_stop
         else None,
-        bias_rate=stage.router_bias_rate if model.routers() else 0.0,
+        bias_rate=bias_rate,
+        bias_rule=stage.router_bias_rule,
         flops_per_token=model.flops_per_token(stage.seq_len),
         peak_flops=peak,
         objective=objective,
@@ -202,11 +228,20 @@ def execute(
     train(model, optim, feed, objective, run)
     facts = run.finish(model)
     if rank == 0:
-        build.save(model, ctx.work)
+        if stage.lora is not None:
+            _lora.finish(stage, ctx, model)
+        else:
+            build.save(model, ctx.work)
         copy_tokenizer(tokenizer_source, ctx.work)
-        ctx.facts.update(
-            training=facts, parameters=sum(p.numel() for _, p in model.named_parameters()), table_hash=optim.table_hash()
-        )
+        if stage.start is not None and (stage.lora is None or stage.lora.merge):
+            # what training leaves as it was is exported from the bytes that it came from
+            origin.carry(_lora.base_of_start(ctx)[0], ctx.work)
+        parameters = [parameter for _, parameter in model.named_parameters()]
+        ctx.facts.update(training=facts, parameters=sum(p.numel() for p in parameters), table_hash=optim.table_hash())
+        if stage.lora is not None:
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
+            ctx.facts["lora"] = {"parameters": trained, "matrices": adapted, "merged": stage.lora.merge}
+            ctx.facts["parameters"] = model.spec.total()
 
 
 def check_streams(objective: Any, gives: Collection[str], where: str) -> None:

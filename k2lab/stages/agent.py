@@ -92,14 +92,14 @@ class Agent(Stage):
         from k2lab.dist import mesh
         from k2lab.eval import measured
         from k2lab.eval.results import Results
-        from k2lab.models import build
         from k2lab.sampling.local import LocalSampler
         from k2lab.stages import _task_groups
+        from k2lab.stages._models import load_model
         from k2lab.text import tokenizer as text_tokenizer
 
         parent = ctx.parent("model")
         ctx.events.emit("note", text=f"tools run in {self.provision()}")
-        model = build.load(parent.path, device=mesh.pick_device(ctx.device))
+        model = load_model(parent.path, device=mesh.pick_device(ctx.device))
         tokenizer = text_tokenizer.load(parent.path)
         sampler = LocalSampler(model.hf, tokenizer.pad_id, eos_id=tokenizer.im_end_id)
         records = _task_groups.held_out_records(ctx, ("data",))

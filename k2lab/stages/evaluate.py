@@ -157,6 +157,7 @@ class Evaluate(Stage):
         from k2lab import specs
         from k2lab.dist import mesh
         from k2lab.models import build
+        from k2lab.stages._models import load_model
         from k2lab.text import tokenizer as text_tokenizer
 
         device = mesh.pick_device(ctx.device)
@@ -164,7 +165,7 @@ class Evaluate(Stage):
             first = ctx.parents["models"][0]
             model = build.from_spec(specs.from_recipe(ctx.model), seed=ctx.seed, device=device)
             return model, text_tokenizer.load(first.path)
-        return build.load(artifact.path, device=device), text_tokenizer.load(artifact.path)
+        return load_model(artifact.path, device=device), text_tokenizer.load(artifact.path)
 
     def _measure(self, ctx: StageContext, model: Any, tokenizer: Any, name: str | None) -> dict[str, Any]:
         """Metrics and samples of one model; `name` None for the untrained one."""

@@ -75,9 +75,9 @@ class PreferenceData(Asking):
         from k2lab.core.types import SampleParams
         from k2lab.dist import mesh
         from k2lab.gym.rollouts import roll_out
-        from k2lab.models import build
         from k2lab.sampling.local import LocalSampler
         from k2lab.stages._journal import Journal
+        from k2lab.stages._models import load_model
 
         tasks = _asking.tasks_of(records, self.max_tokens, judged=True, rewards_instead=self.rewards)
         pieces = list(_asking.chunks(self, tasks))
@@ -87,7 +87,7 @@ class PreferenceData(Asking):
             for number, piece in enumerate(pieces):
                 if number >= len(journal.entries):
                     if sampler is None:
-                        model = build.load(ctx.parent("model").path, device=mesh.pick_device(ctx.device))
+                        model = load_model(ctx.parent("model").path, device=mesh.pick_device(ctx.device))
                         sampler = LocalSampler(model.hf, tokenizer.pad_id, self.batch, eos_id=tokenizer.im_end_id)
                     groups = roll_out(
                         piece,

@@ -10,8 +10,10 @@ from k2lab.core.errors import RecipeError
 from k2lab.core.slots import load
 from k2lab.core.stage import CheckpointRef, Dataset, Slot, StageContext
 from k2lab.core.types import PlanInput
+from k2lab.plan import state
 from k2lab.rl.advantages import Advantages
 from k2lab.rl.shaping import Budget, Temperature
+from k2lab.stages import _lora
 from k2lab.stages._fine_tuning import FineTuning
 from k2lab.stages._training import execute
 
@@ -107,6 +109,7 @@ class Rl(FineTuning):
                 got=self.max_tokens,
                 allowed=f"less than seq_len = {self.seq_len}",
             )
+        _lora.check(self, where)
         self.temperature.check(f"{where}.temperature")
         self.budget.check(f"{where}.budget")
         if self.budget.toggle is not None and (self.pass_rates is not None or not self.pass_samples):
@@ -138,7 +141,7 @@ class Rl(FineTuning):
     def plan_inputs(self, name: str, model: Any, gpus: int = 1) -> PlanInput:
         self.check_ranks(f"stage.{name}", gpus)
         rows = self.tasks_per_step * self.group_size
-        return PlanInput(
+        plan = PlanInput(
             stage=name,
             type=self.slot_name,
             kind="train",
@@ -156,6 +159,7 @@ class Rl(FineTuning):
                 "sampling is not in the time: it depends on how long responses get",
             ),
         )
+        return _lora.planned(self, plan) if self.lora is not None else state.planned(self.optim, plan)
 
     def run(self, ctx: StageContext) -> None:
         from k2lab.rl.feed import GIVES, RolloutFeed

@@ -91,9 +91,9 @@ class TeacherData(Asking):
         from k2lab.core.types import SampleParams
         from k2lab.dist import mesh
         from k2lab.gym.rollouts import roll_out
-        from k2lab.models import build
         from k2lab.sampling.local import LocalSampler
         from k2lab.stages._journal import Journal
+        from k2lab.stages._models import load_model
         from k2lab.stages._teacher import Remembering, write_shard
 
         params = SampleParams(
@@ -106,7 +106,7 @@ class TeacherData(Asking):
             for number, piece in enumerate(_asking.chunks(self, tasks)):
                 if number >= len(journal.entries):
                     if local is None:
-                        model = build.load(ctx.parent("teacher").path, device=mesh.pick_device(ctx.device))
+                        model = load_model(ctx.parent("teacher").path, device=mesh.pick_device(ctx.device))
                         local = LocalSampler(model.hf, tokenizer.pad_id, self.batch, eos_id=tokenizer.im_end_id)
                     sampler = Remembering(local)
                     groups = roll_out(

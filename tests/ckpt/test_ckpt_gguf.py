@@ -10,6 +10,7 @@ import torch
 from made_up_gguf import TOKENS, make, metadata_of, tensors_of, write
 
 from k2lab.ckpt import gguf
+from k2lab.ckpt.folder import open_folder
 from k2lab.core.errors import CheckpointError
 from k2lab.models import build
 from k2lab.stages._import import SHORTER, add_chat_tokens, import_folder, import_gguf
@@ -47,7 +48,7 @@ def test_import_gives_back_the_model_with_chat_tokens_behind_its_vocabulary(tmp_
     work = tmp_path / "work"
     work.mkdir()
     facts = import_gguf(path, work, chat_tokens=True)
-    found, tokenizer = build.load(work), text_tokenizer.load(work)
+    found, tokenizer = build.load(open_folder(work)), text_tokenizer.load(work)
     old = len(TOKENS)
     assert facts["added_tokens"] and found.vocab_size == tokenizer.vocab_size == old + len(facts["added_tokens"])
     for name, tensor in model.state().items():
@@ -87,7 +88,7 @@ def test_a_folder_gets_chat_tokens_too_and_may_be_stored_as_bf16(tmp_path):
     plain.mkdir(), chat.mkdir()
     import_gguf(path, plain, chat_tokens=False)
     facts = import_folder(plain, chat, chat_tokens=True, dtype=torch.bfloat16)
-    found = build.load(chat, dtype=torch.bfloat16)
+    found = build.load(open_folder(chat), dtype=torch.bfloat16)
     assert found.vocab_size == len(TOKENS) + len(facts["added_tokens"]) and len(facts["added_tokens"]) >= 11
     for name, tensor in model.state().items():
         assert torch.equal(found.state()[name][: len(tensor)], tensor.bfloat16()), name
@@ -118,7 +119,7 @@ def test_without_chat_tokens_the_model_stays_as_it_was(tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     assert import_gguf(path, work, chat_tokens=False)["added_tokens"] == []
-    assert build.load(work).vocab_size == model.vocab_size
+    assert build.load(open_folder(work)).vocab_size == model.vocab_size
     assert "<|im_user|>" not in text_tokenizer.load(work).special
 
 

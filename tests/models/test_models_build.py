@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from k2lab import specs
+from k2lab.ckpt.folder import open_folder
 from k2lab.core.errors import CheckpointError, RecipeError
 from k2lab.models import build, export
 
@@ -43,7 +44,7 @@ def test_export_and_import_are_lossless_under_released_names(name: str, dtype: t
     model = make((VARIANTS | {"dense": QWEN})[name], dtype=dtype)
     build.save(model, tmp_path)
     assert names_and_shapes(tmp_path) == dict(model.spec.tensor_shapes())
-    again = build.load(tmp_path, dtype=dtype)
+    again = build.load(open_folder(tmp_path), dtype=dtype)
     before, after = model.state(), again.state()
     assert before.keys() == after.keys()
     for key in before:
@@ -78,7 +79,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     files = set(index["weight_map"].values())
     assert len(files) > 2
     assert all((tmp_path / file).stat().st_size < 120_000 for file in files)
-    again = build.load(tmp_path)
+    again = build.load(open_folder(tmp_path))
     assert all(torch.equal(tensor, again.state()[name]) for name, tensor in model.state().items())
 
 
@@ -133,35 +134,35 @@ def test_kimi_k3_is_refused_by_its_fields(field: str, tmp_path: Path) -> None:
     table = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(table | {field: 12}))
     with pytest.raises(RecipeError, match="K3"):
-        build.load(tmp_path)
+        build.load(open_folder(tmp_path))
 
 
-def test_incomplete_foreign_and_quantised_folders_are_refused(tmp_path: Path) -> None:
+def test_incomplete_foreign_and_unknown_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        build.load(tmp_path)
+        build.load(open_folder(tmp_path))
     build.save(make(K2), tmp_path)
     config = tmp_path / "config.json"
     text = config.read_text()
     config.write_text(json.dumps(json.loads(text) | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(CheckpointError, match="quantised"):
-        build.load(tmp_path)
+    with pytest.raises(CheckpointError, match="unknown quantisation"):
+        build.load(open_folder(tmp_path))
     config.write_text(text)
     tensors = load_file(tmp_path / "model.safetensors")
     missing = {name: t for name, t in tensors.items() if name != "model.layers.1.mlp.experts.2.up_proj.weight"}
     save_file(missing, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError):
-        build.load(tmp_path)
+        build.load(open_folder(tmp_path))
     save_file(
         {name: t for name, t in tensors.items() if "norm" not in name}, tmp_path / "model.safetensors", metadata={"format": "pt"}
     )
     with pytest.raises(CheckpointError, match="norm"):
-        build.load(tmp_path)
+        build.load(open_folder(tmp_path))
     save_file(tensors | {"model.extra": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="extra"):
-        build.load(tmp_path)
+        build.load(open_folder(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError):
-        build.load(tmp_path)
+        build.load(open_folder(tmp_path))
 
 
 def test_dense_students_train_packed_and_have_no_layouts() -> None:

@@ -244,3 +244,30 @@ def test_impossible_tables_are_refused():
 def test_folding_layers_keeps_gaps_visible():
     rows = [_table.TableRow(f"model.layers.{n}.a.weight", (2, 2), "muon", 1.0, 0.1) for n in (0, 1, 2, 5, 7, 8)]
     assert "model.layers.{0-2,5,7-8}.a.weight" in _table.table_text(rows)
+
+
+def test_low_rank_factors_are_adamws_and_a_frozen_base_is_not_clipped():
+    shapes = {
+        "model.layers.0.self_attn.q_proj.weight": (24, 32),
+        "model.layers.0.self_attn.q_proj.lora_A": (4, 32),
+        "model.layers.0.self_attn.q_proj.lora_B": (24, 4),
+        "model.layers.0.self_attn.kv_b_proj.weight": (32, 12),
+        "model.layers.0.mlp.experts.gate_up_proj": (4, 32, 32),
+        "model.layers.0.mlp.experts.gate_lora_A": (4, 4, 32),
+        "model.layers.0.mlp.experts.down_lora_B": (4, 32, 4),
+    }
+    params = [(name, nn.Parameter(torch.ones(shape), requires_grad="lora" in name)) for name, shape in shapes.items()]
+    layout = RowLayout(0, "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.kv_b_proj.weight", 2, 8, 4, 8)
+    for slot in (MuonClip(lr=1e-3, ns_dtype="fp32", tau=1.0), AdamW(lr=1e-3)):
+        optim = slot.build(params, [layout])
+        rows = {row.name: row for row in optim.table()}
+        assert {row.optimizer for name, row in rows.items() if "lora" in name} == {"adamw"}
+        assert {row.note for name, row in rows.items() if "lora" in name} == {"LoRA factor"}
+        assert {row.optimizer for name, row in rows.items() if "lora" not in name} == {"frozen"}
+        for _, param in params:
+            param.grad = torch.ones_like(param) if param.requires_grad else None
+        info = optim.step(0, 10, {0: torch.tensor([50.0, 50.0])})
+        assert info.clipped == {}
+        assert all(bool((param == 1).all()) == ("lora" not in name) for name, param in params)
+        for _, param in params:
+            param.data.fill_(1.0)

@@ -7,17 +7,22 @@ import signal
 import time
 
 import forked
+import made_up_checkpoints
 import pytest
+import torch
 from made_up_gguf import make
 from small_life import REWARD
 from small_run import weights_of
 from test_stages_kill import wait_for
 
 from k2lab import cli, runner, specs
+from k2lab.ckpt import origin
+from k2lab.ckpt.folder import open_folder
 from k2lab.core import artifacts
 from k2lab.core import recipe as recipes
 from k2lab.core.events import read
 from k2lab.core.rng import rng
+from k2lab.models import build
 from k2lab.text import layout
 
 CHAIN = ("smollm2", "domain_sft", "pairs", "dpo", "rl", "evaluate")
@@ -36,6 +41,26 @@ def test_the_recipe_plans_for_the_model_that_it_imports(capsys):
     for name in ("domain_sft", "dpo", "rl"):
         (weights,) = (table["numbers"]["weights"] for table in plan[name]["sections"] if "weights" in table["numbers"])
         assert weights["value"] == 4 * (134_515_008 + 576 * len(added)), name
+
+
+@pytest.mark.parametrize(("format", "precision"), [("int4", "bf16"), ("fp8", "fp32"), ("bf16", "fp32")])
+def test_a_kimi_release_is_imported_as_what_it_decodes_to(format, precision, tmp_path):
+    folder = made_up_checkpoints.make(tmp_path / "release", "small-k2", format, shard_bytes=300_000)
+    text = f'[[stage]]\ntype = "import_model"\npath = "{folder}"\nlicense = "MIT"\nprecision = "{precision}"\n'
+    (tmp_path / "recipe.toml").write_text(text)
+    runner.run(recipes.load(str(tmp_path / "recipe.toml")), tmp_path / "run", say=lambda _: None)
+    (stage,) = (tmp_path / "run" / "stages").iterdir()
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    with open_folder(folder) as source, open_folder(stage) as found:
+        released, imported = build.load(source, dtype), build.load(found, dtype)
+        assert found.format == precision
+    assert all(torch.equal(tensor, imported.state()[name]) for name, tensor in released.state().items())
+    facts = artifacts.open_artifact(stage).manifest["source"]
+    begun = origin.read(stage)
+    if format == "bf16":
+        assert begun is None and "quantised" not in facts
+    else:
+        assert (begun.source, [begun.format]) == (str(folder), facts["quantised"])
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 from small_run import k2
 
 from k2lab import runner
+from k2lab.ckpt.folder import open_folder
 from k2lab.core import artifacts
 from k2lab.core import recipe as recipes
 from k2lab.core.types import Message
@@ -31,7 +32,7 @@ def records(folder):
 
 def full_logprobs(folder, tokens):
     """log-probabilities [T, W] of the token after each position, by transformers' own forward."""
-    model = build.load(folder).eval()
+    model = build.load(open_folder(folder)).eval()
     with torch.no_grad():
         return model.hf(torch.as_tensor(tokens)[None]).logits[0].float().log_softmax(-1).numpy()
 

@@ -15,6 +15,7 @@ from test_stages_kill import start, wait_for
 from test_stages_torchrun import torchrun
 
 from k2lab import runner
+from k2lab.ckpt.folder import open_folder
 from k2lab.core import artifacts
 from k2lab.core import recipe as recipes
 from k2lab.core.errors import DataError, RecipeError
@@ -95,7 +96,7 @@ def test_the_stage_leaves_a_whole_model_and_says_what_it_used(finished):
     assert "reward 0." in done.stderr and "mismatch" in done.stderr
     (funnel,) = (e for e in read(run_dir / "events") if e["kind"] == "funnel" and e["stage"] == "rl")
     assert (funnel["seen"], funnel["kept"]) == (len(rows), len(used))
-    before, after = build.load(stage_of(run_dir, "sft")).state(), build.load(folder).state()
+    before, after = build.load(open_folder(stage_of(run_dir, "sft"))).state(), build.load(open_folder(folder)).state()
     assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)
 
 
