@@ -128,14 +128,24 @@ class Encoder:
 
     # ------------------------------------------------------------ values
 
-    def _values(self, name: str, rows: slice | None, delta: torch.Tensor | None, watch: Watch | None) -> torch.Tensor:
-        """Rows of the decoded tensor, the adapter's part added in fp32. `watch` looks at them, at codes and scales if there are
-        such."""
+    def _values(
+        self,
+        name: str,
+        rows: slice | None,
+        delta: torch.Tensor | None,
+        watch: Watch | None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Rows of the decoded tensor, the adapter's part added in fp32, then as `dtype` (default: as they are). `watch` looks at
+        them, at codes and scales if there are such."""
         info = self.source.info(name)
         if watch is not None and _in_blocks(info, rows):
             codes, scales = self.source.packed(name, rows)
             watch.see_packed(codes, scales)
-            values = (int4 if info.format == "int4_group" else fp8).dequantise(codes, scales)
+            module: Any = int4 if info.format == "int4_group" else fp8
+            if dtype is not None and delta is None and name not in self._on_grid:
+                return module.dequantise(codes, scales, dtype=dtype)  # in one go: the same bits
+            values = module.dequantise(codes, scales)
         else:
             values = self.source.read(name, rows)
             if watch is not None:
@@ -144,7 +154,7 @@ class Encoder:
             values = values.float() + (delta if rows is None else delta[rows])
         if name in self._on_grid:
             values = int4.values(values).to(values.dtype)
-        return values
+        return values if dtype is None else values.to(dtype)
 
     def _delta(self, name: str) -> torch.Tensor | None:
         return self.adapter.delta(name) if self.adapter is not None else None
@@ -181,7 +191,7 @@ class Encoder:
         record = origin.Hash() if self.source.info(item.name).format != "plain" and delta is None else None
         watch = Watch(self.source, item.name)
         for rows in spans:
-            values = self._values(item.name, rows, delta, watch).to(dtype)
+            values = self._values(item.name, rows, delta, watch, dtype)
             if record is not None:
                 record.add(origin.data(values))
             yield rows.start if rows is not None else 0, values
@@ -206,7 +216,7 @@ class Encoder:
         shape = self.source.info(item.name).shape
         module: Any = fp8 if item.how == "fp8_block" else int4
         watch = Watch(self.source, item.name)
-        all_codes, all_scales = [], []
+        all_scales = []
         for rows in pieces(shape):
             values = self._values(item.name, rows, delta, None)
             if item.how == "int4_group" or delta is not None:
@@ -216,12 +226,11 @@ class Encoder:
             except NumericsError:
                 raise watch.wrong("this tensor has a value that is not finite", "NaN or infinity") from None
             watch.see_packed(codes, scales)
-            all_codes.append(codes)
+            write(codes_name, codes)
             all_scales.append(scales)
         watch.close()
-        for name, parts in ((codes_name, all_codes), (scales_name, all_scales)):
-            for part in parts:
-                write(name, part)
+        for part in all_scales:
+            write(scales_name, part)
         for name in shape_name:
             write(name, torch.tensor(shape, dtype=TORCH[item.entries[name][0]]))
         done.merged += delta is not None
@@ -281,13 +290,14 @@ class Watch:
         if not bool((scales * largest).isfinite().all()) or not bool((scales > 0).all()):
             lowest = float(scales.float().nan_to_num(0).min())
             raise self.wrong("a scale is zero, negative or not finite, or too large for its codes", f"{lowest} the least")
+        # by extremes, which PyTorch finds many times faster than it compares and asks whether any or all are true
         if codes.dtype == torch.int32:
-            zero = bool((codes == -0x77777778).all())  # the word of eight codes 0, each stored as 8
+            zero = {int(code) for code in codes.aminmax()} == {-0x77777778}  # the word of eight codes 0, each stored as 8
         else:
-            bits = codes.view(torch.uint8) & 0x7F
-            if bool((bits == 0x7F).any()):
+            top = int((codes.view(torch.uint8) & 0x7F).max())
+            if top == 0x7F:
                 raise self.wrong("this tensor has a value that is not finite", "NaN")
-            zero = not bool(bits.any())
+            zero = top == 0
         self._zero = self._zero and zero
 
     def close(self) -> None:

@@ -162,7 +162,7 @@ def _id(value: Any) -> int:
 def check_digests(path: Path) -> None:
     """Verifies the sha256 of every file that the folder's checksums.json, SHA256SUMS, fetched.json (what `k2 fetch` wrote) or
     artifact manifest states; a manifest in the folder above counts, where the checkpoint is part of an artifact."""
-    for file, stated in _stated(path):
+    for file, stated in stated_digests(path):
         if not file.is_file():
             raise CheckpointError(f"this file is missing although {stated['by']} lists it", where=str(file))
         size = file.stat().st_size
@@ -181,7 +181,7 @@ def check_digests(path: Path) -> None:
             )
 
 
-def _stated(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def stated_digests(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(file, {"sha256", "size" or None, "by": which list})."""
     if (path / CHECKSUMS).is_file():
         yield from _listed(path, read_object(path / CHECKSUMS), path / CHECKSUMS)

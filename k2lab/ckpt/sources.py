@@ -71,7 +71,7 @@ def fingerprint(folder: Path) -> str:
 def stated_sums(folder: Path) -> dict[Path, str]:
     """{file: sha256} where the folder states checksums: its checksums.json, SHA256SUMS, artifact manifest, or what `k2 fetch`
     wrote."""
-    found = {file.resolve(): facts["sha256"] for file, facts in integrity._stated(folder)}
+    found = {file.resolve(): facts["sha256"] for file, facts in integrity.stated_digests(folder)}
     if (folder / "fetched.json").is_file():
         files = read_object(folder / "fetched.json").get("files")
         for name, facts in files.items() if isinstance(files, dict) else ():
