@@ -290,4 +290,6 @@ class PlanInput:
     token_target: int | None = None
     optimizer: str = ""
     precision: str = "fp32"
+    # activations that are computed again in the backward pass: "none" | "layers" | "selective"
+    recompute: str = "none"
     notes: tuple[str, ...] = ()

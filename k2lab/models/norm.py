@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from k2lab.models.recomputing import RecomputingLayer, again
+
 DTYPES = (torch.bfloat16, torch.float32)
 WIDEST = 16384  # a row is held in registers
 
@@ -195,7 +197,7 @@ def _normed(norm: torch.nn.Module, x: torch.Tensor, other: torch.Tensor | None, 
 MIXTURES = ("DeepseekV3MoE", "KimiLinearMoE")  # their forward is in `FastDecoderLayer._mixture`
 
 
-class FastDecoderLayer(torch.nn.Module):
+class FastDecoderLayer(RecomputingLayer):
     """Mixed into transformers' pre-norm decoder layers by `swap`. On CUDA, without a cache, the residual stream forks and joins
     inside the norms, and the inputs of router, experts and shared experts fork there too: the sum after attention and the sums of
     gradients cost no pass of their own. Otherwise the class's own forward."""
@@ -205,15 +207,21 @@ class FastDecoderLayer(torch.nn.Module):
         ours = isinstance(first, FastRMSNorm) and isinstance(second, FastRMSNorm)
         if args or not ours or kwargs.get("past_key_values") is not None or not takes(hidden_states, first.weight):
             return super().forward(hidden_states, *args, **kwargs)
-        if hasattr(self.self_attn, "forget_gate"):  # KDA names its cache differently and wants no positions
-            kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "use_cache")}
-        x, residual = _normed(first, hidden_states, None, 1)
-        mixed = self.self_attn(hidden_states=x, **kwargs)
-        mixed = mixed[0] if isinstance(mixed, tuple) else mixed
+
+        def mixer(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x, residual = _normed(first, hidden, None, 1)
+            return residual, self.k2_mixed(x, kwargs)
+
+        block = self.k2_recomputing
+        residual, mixed = again(mixer, hidden_states) if block == "mixer" else mixer(hidden_states)
+        return again(self._feed_forward, residual, mixed) if block == "feed_forward" else self._feed_forward(residual, mixed)
+
+    def _feed_forward(self, residual: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """The sum after attention, its norm, the feed-forward block, and the sum after it."""
         hooked = self.mlp._forward_hooks or self.mlp._forward_pre_hooks
         if type(self.mlp).__name__ in MIXTURES and not hooked:
-            return self._mixture(*_normed(second, residual, mixed, 3))
-        x, residual = _normed(second, residual, mixed, 1)
+            return self._mixture(*_normed(self.post_attention_layernorm, residual, mixed, 3))
+        x, residual = _normed(self.post_attention_layernorm, residual, mixed, 1)
         return residual + self.mlp(x)
 
     def _mixture(

@@ -15,11 +15,14 @@ from k2lab.models.experts import FastMLP
 from k2lab.models.gemm import FastLinear
 from k2lab.models.mla import FastMLA
 from k2lab.models.norm import FastDecoderLayer, FastGatedRMSNorm, FastRMSNorm
+from k2lab.models.recomputing import RecomputingLayer
 from k2lab.models.router import CountingRouter
 
 PARTS: dict[str, type[torch.nn.Module]] = {
     "DeepseekV3DecoderLayer": FastDecoderLayer,
     "KimiLinearDecoderLayer": FastDecoderLayer,
+    "Qwen2DecoderLayer": RecomputingLayer,
+    "LlamaDecoderLayer": RecomputingLayer,
     "DeepseekV3RMSNorm": FastRMSNorm,
     "KimiLinearRMSNorm": FastRMSNorm,
     "KimiLinearRMSNormGated": FastGatedRMSNorm,

@@ -17,7 +17,7 @@ from k2lab.models import attention, experts, lora, packed, qat
 from k2lab.models.attention import LogitStats
 from k2lab.models.pack import Pack
 from k2lab.models.swap import swap
-from k2lab.specs import ModelSpec
+from k2lab.specs import ModelSpec, recomputation
 
 # Numbers that decide choices or are exponentiated; they stay fp32 whatever the model's dtype.
 ALWAYS_FP32 = ("e_score_correction_bias", "A_log", "dt_bias")
@@ -127,8 +127,14 @@ class TrainModel:
         """The format of quantisation-aware training that is on."""
         return qat.format_of(self.hf)
 
-    def recompute(self, on: bool = True) -> TrainModel:
-        """Activation recomputation per layer in the backward pass: less memory, about a third more time."""
+    def recompute(self, mode: str = "layers", seq_len: int = 4096) -> TrainModel:
+        """What the backward pass computes again: "none"; "layers", every layer from its input (least memory, about a third more
+        time); "selective", of each layer the block that frees a byte for fewer flops in sequences of `seq_len` tokens
+        (`specs.recomputation`). Loss and gradients are the same. Raises RecipeError for another mode."""
+        again = recomputation.recomputed(self.spec, mode, seq_len, self.head().element_size(), "recompute")
+        on = mode == "layers"
+        for layer, names in zip(self.hf.base_model.layers, again):
+            layer.k2_recompute = "" if on or not names else names[0]
         # transformers renamed the pair; older versions in our range have only the second name
         verb = "enable" if on else "disable"
         switch = getattr(self.hf, f"activation_checkpointing_{verb}", None) or getattr(self.hf, f"gradient_checkpointing_{verb}")

@@ -13,7 +13,7 @@ from k2lab.core.types import PlanInput
 from k2lab.plan import adapters
 from k2lab.plan.machines import Machine
 from k2lab.plan.memory import check_input, training_memory, uses_muon
-from k2lab.specs import ModelSpec
+from k2lab.specs import ModelSpec, recomputation
 
 # What attention scores and values cost in a training step, in forward passes: a flash backward computes the scores
 # again, 1 + 2.5. Model flops (for MFU) count 3.
@@ -73,10 +73,17 @@ def model_flops(inp: PlanInput) -> dict[str, float]:
 
 
 def executed_flops(inp: PlanInput) -> tuple[float, float]:
-    """Flops per token that a training step executes: (matrix work and KDA as `model_flops`, attention 3.5 forward passes)."""
-    terms = model_flops(inp)
+    """Flops per token that a training step executes: (matrix work and KDA as `model_flops`, attention 3.5 forward passes), and
+    one forward pass more of what is computed again."""
+    terms, spec = model_flops(inp), check_input(inp)
     attention = terms["mla"] + terms["attention"]
-    return sum(terms.values()) - attention, ATTENTION_PASSES * attention / 3.0
+    element = 4 if inp.precision == "fp32" else 2
+    again = recomputation.recomputed(spec, inp.recompute, inp.seq_len, element, f"stage.{inp.stage}.recompute")
+    layers = recomputation.blocks(spec, inp.seq_len, element)
+    all_flops = sum(getattr(layer, name).flops for layer, names in zip(layers, again) for name in names)
+    each = {kind: attention_flops / 3.0 / max(1, len(spec.layers_of(kind))) for kind, attention_flops in terms.items()}
+    scores = sum(each[kind] for kind, names in zip(spec.layer_types, again) if kind != "kda" and "mixer" in names)
+    return sum(terms.values()) - attention + all_flops - scores, ATTENTION_PASSES * attention / 3.0 + scores
 
 
 def newton_schulz_flops(spec: ModelSpec, steps: int = 5) -> float:

@@ -14,7 +14,7 @@ from k2lab.core.types import PlanInput
 from k2lab.plan import adapters, state
 from k2lab.plan.lines import Origin
 from k2lab.plan.machines import Machine
-from k2lab.specs import ModelSpec
+from k2lab.specs import ModelSpec, activation_bytes, recomputation
 
 # Bytes per parameter: weights, gradients (in the weights' type), fp32 master copy.
 PRECISIONS = {"fp32": (4, 4, 0), "bf16": (2, 2, 4)}
@@ -25,7 +25,6 @@ LOGITS_CHUNK = 1024  # positions per piece of the chunked loss (the `lm` objecti
 # Bytes per logit of a piece (one piece, more). Probabilities and gradients overwrite the fp32 logits; in bf16
 # either is in the weights' type, too; and the gradients of a piece live until the next piece's logits are there.
 LOGITS_BYTES = {"fp32": (4, 8), "bf16": (6, 8)}
-KDA_MEMORY_CHUNK = 32  # chunk length of our KDA
 PROBABILITY_BLOCK, PROBABILITY_LIMIT = 128, 256 << 20  # blocks of queries, and bytes per layer that the CPU attention keeps
 MUON_STACK = {"cpu": 1 << 19, "cuda": 1 << 28}  # elements that Newton-Schulz works on at once
 MUON_COPIES = 4  # the stack itself, its Gram matrix, a polynomial of it, the product
@@ -112,71 +111,6 @@ def trainable_parameters(spec: ModelSpec) -> int:
     return spec.total() - len(spec.moe_layers()) * spec.n_routed_experts
 
 
-def activation_bytes(spec: ModelSpec, element: int = 4) -> dict[str, float]:
-    """Bytes per token that autograd keeps for the backward pass with checkpointing off, by part of the model. `element` is the
-    size of the weights' type; what our modules keep in fp32 in any case is counted with 4 bytes (marked *). It follows our
-    kernels for packs on the CPU in fp32; in bf16, and on a GPU, where other kernels run, it is an estimate. Packing changes
-    nothing here (a pack is one sequence of its length), but that KDA pads every document to whole chunks of C = 32. Copies that
-    do not grow with tokens are left out, and attention probabilities are a term of their own (`probability_bytes`).
-
-    embedding                  8 token id
-    rotation                   2 d cosines and sines, once for all layers; only with ordinary attention
-    norm of width n            (n + 1)* normalised and scale, n output
-    MLA                        norm(D) + norm(Q) if queries are compressed + norm(L) + 2 H (N+R) queries and keys
-                               + H (N+V) expanded + H V output + R* rotation (none without positions)
-    ordinary attention         norm(D) + 3 H d queries, keys and values (repeated to all heads) + H d output
-    KDA                        norm(D) + 7 P inputs and sums of three convolutions, and output, P = heads x d channels
-                               + 2 d low-rank gates + heads rates
-                               + 18 P*: 2 decay gate, 2 unit queries and keys, 5 exponentials and what they multiply, 2 sides
-                               and 2 solutions of the triangular systems, 3 of the scan over chunks and its output, 2 gated norm
-                               + heads (3 C among a chunk's positions, d^2 / C states, 3 d / C decays of chunks, 5 scales)*
-    MLP of width n             norm(D) + 3 n: gate, up, product; 4 n in dense models, where silu(gate) is kept, too
-    experts                    norm(D) + 2 K F gate and up + 3 F per shared expert + router (`_router_bytes`)
-    end                        norm(D) after the last layer
-    """
-    D, H = spec.hidden_size, spec.num_attention_heads
-
-    def norm(width: int) -> float:
-        return 4 * (width + 1) + element * width
-
-    parts: dict[str, float] = {"embedding": 8}
-    mla = len(spec.layers_of("mla"))
-    if mla:
-        wide = 2 * H * spec.qk_head_dim + H * (spec.qk_nope_head_dim + spec.v_head_dim) + H * spec.v_head_dim
-        latents = norm(spec.kv_lora_rank) + (norm(spec.q_lora_rank) if spec.q_lora_rank else 0)
-        parts["mla"] = mla * (norm(D) + latents + element * wide + (0 if spec.nope else 4 * spec.qk_rope_head_dim))
-    full = len(spec.layers_of("attention"))
-    if full:
-        parts["rotation"] = 2 * spec.head_dim * element
-        parts["attention"] = full * (norm(D) + 4 * H * spec.head_dim * element)
-    kda = len(spec.layers_of("kda"))
-    if kda:
-        heads, d, C = spec.linear_num_heads, spec.linear_head_dim, KDA_MEMORY_CHUNK
-        inside = 18 * heads * d + heads * (3 * C + d * d / C + 3 * d / C + 5)
-        parts["kda"] = kda * (norm(D) + element * (7 * heads * d + 2 * d + heads) + 4 * inside)
-    moe = len(spec.moe_layers())
-    dense = spec.num_layers - moe
-    if dense:
-        parts["mlp"] = dense * (norm(D) + element * (4 if spec.family == "dense" else 3) * spec.intermediate_size)
-    if moe:
-        F, K = spec.moe_intermediate_size, spec.num_experts_per_tok
-        parts["experts"] = moe * (norm(D) + element * F * (2 * K + 3 * spec.n_shared_experts) + _router_bytes(spec, element))
-    parts["end"] = norm(D)
-    return parts
-
-
-def _router_bytes(spec: ModelSpec, element: int) -> float:
-    """Bytes per token that one router and the sorting of tokens by expert keep:
-
-    E* scores + K i64 chosen + 2 K i64 token and place in sorted order + K sorted weights + (K + 1)* weights and their sum where
-    these are normalised + D* the input in fp32 where it is not fp32 already
-    """
-    K = spec.num_experts_per_tok
-    normalised = 4 * (K + 1) if spec.norm_topk_prob else 0
-    copied = 4 * spec.hidden_size if element < 4 else 0
-    return 4 * spec.n_routed_experts + 3 * 8 * K + element * K + normalised + copied
-
-
 def probability_bytes(inp: PlanInput, spec: ModelSpec, machine: Machine) -> float:
     """Attention probabilities that the CPU attention keeps for the backward pass, if every document fills its row: half of the
     square (in blocks of 128 queries) x heads per layer, but nothing in layers where this exceeds 256 MiB (they are computed
@@ -186,7 +120,10 @@ def probability_bytes(inp: PlanInput, spec: ModelSpec, machine: Machine) -> floa
     element = 4 if inp.precision == "fp32" else 2
     square = inp.per_device_batch * inp.seq_len * (inp.seq_len + PROBABILITY_BLOCK) / 2
     each = square * spec.num_attention_heads * element
-    layers = len(spec.layers_of("mla")) + len(spec.layers_of("attention"))
+    softmax = {*spec.layers_of("mla"), *spec.layers_of("attention")}
+    names = recomputation.recomputed(spec, inp.recompute, inp.seq_len, element)
+    again = {layer for layer in softmax if "mixer" in names[layer]}
+    layers = len(softmax - again) + bool(again)  # of layers that are computed again, one's at a time
     return layers * each if each <= PROBABILITY_LIMIT else 0.0
 
 
@@ -292,13 +229,31 @@ def checkpointed_bytes(inp: PlanInput, spec: ModelSpec) -> float:
     """Activations with every layer checkpointed: one hidden state per layer and, while one layer is computed again, what it keeps
     (the dearest attention and the dearest MLP)."""
     element = 4 if inp.precision == "fp32" else 2
-    parts = activation_bytes(spec, element)
-    moe = len(spec.moe_layers())
-    layers = {kind: len(spec.layers_of(kind)) for kind in ("mla", "attention", "kda")}
-    attention = max(parts[kind] / number for kind, number in layers.items() if number)
-    numbers = {"mlp": spec.num_layers - moe, "experts": moe}
-    mlp = max(parts[kind] / number for kind, number in numbers.items() if number)
-    return inp.per_device_batch * inp.seq_len * (spec.num_layers * spec.hidden_size * element + attention + mlp)
+    blocks = recomputation.blocks(spec, inp.seq_len, element)
+    again = sum(max(getattr(layer, name).bytes for layer in blocks) for name in recomputation.NAMES)
+    return inp.per_device_batch * inp.seq_len * (spec.num_layers * spec.hidden_size * element + again)
+
+
+def kept_activations(inp: PlanInput, spec: ModelSpec, element: int) -> tuple[float, str]:
+    """(bytes per token of activations under the stage's `recompute`, what is computed again).
+
+    What is computed again leaves its input, one hidden state per layer, instead of what it keeps; the dearest of it is there
+    whole while it is computed again. Raises RecipeError for an unknown mode."""
+    again = recomputation.recomputed(spec, inp.recompute, inp.seq_len, element, f"stage.{inp.stage}.recompute")
+    each = sum(activation_bytes(spec, element).values())
+    if inp.recompute == "none":
+        return each, "no checkpointing"
+    freed = [
+        sum(getattr(layer, name).bytes for name in names)
+        for layer, names in zip(recomputation.blocks(spec, inp.seq_len, element), again)
+    ]
+    numbers = {label: sum(name in names for names in again) for name, label in RECOMPUTED.items()}
+    text = " and ".join(f"{label} of {number}" for label, number in numbers.items() if number)
+    text = f"computed again: {text} of {spec.num_layers} layers"
+    return each - sum(freed) + spec.num_layers * spec.hidden_size * element + max(freed), text
+
+
+RECOMPUTED = {"mixer": "attention", "feed_forward": "feed-forward blocks"}
 
 
 def _stack(inp: PlanInput, spec: ModelSpec, machine: Machine) -> int:
@@ -313,11 +268,11 @@ def _stack(inp: PlanInput, spec: ModelSpec, machine: Machine) -> int:
 def _passing_terms(inp: PlanInput, spec: ModelSpec, machine: Machine) -> list[Term]:
     element = 4 if inp.precision == "fp32" else 2
     tokens = inp.per_device_batch * inp.seq_len
-    each = sum(activation_bytes(spec, element).values())
+    each, done = kept_activations(inp, spec, element)
     low = adapters.of(inp)
     if low is not None:  # what comes between A and B
         each += element * sum(low.rank * tensor.active for _, tensor in adapters.adapted(low, spec))
-    text = f"{inp.per_device_batch} x {inp.seq_len:,} tokens x {each:,.0f} B per token; no checkpointing"
+    text = f"{inp.per_device_batch} x {inp.seq_len:,} tokens x {each:,.0f} B per token; {done}"
     terms = [Term("activations", "activations", tokens * each, text, "assumed")]
     kept = probability_bytes(inp, spec, machine)
     if kept:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from k2lab.core.errors import RecipeError, did_you_mean
+from k2lab.specs import _recomputation as recomputation
+from k2lab.specs._activations import activation_bytes
 from k2lab.specs._fused import Piece, pieces
 from k2lab.specs.spec import FORMATS, ModelSpec
 
-__all__ = ["FORMATS", "ModelSpec", "Piece", "from_recipe", "get", "names", "pieces"]
+__all__ = ["FORMATS", "ModelSpec", "Piece", "activation_bytes", "from_recipe", "get", "names", "pieces", "recomputation"]
 
 
 @cache

@@ -63,6 +63,10 @@ class Training(Stage):
     # "int4" = quantisation-aware training: routed experts multiply by the INT4 values that an export of them will hold. Also on
     # if the checkpoint to begin from was trained so and is not exported yet.
     qat: Literal["none", "int4"] = "none"
+    # Activations that the backward pass computes again instead of keeping them; results stay the same. "layers": every layer, so
+    # that one hidden state per layer is kept, for one forward pass more (a third of the step's flops). "selective": of each layer
+    # the block, attention or feed-forward, with fewer flops per byte freed; less of either. `k2 plan` says how much.
+    recompute: Annotated[Literal["none", "layers", "selective"], RunFlag()] = "none"
     # Train low-rank adapters on a frozen model instead of its weights; router biases belong to the frozen model and stay.
     lora: Lora | None = None
     # Save a step checkpoint every so many steps, keep the newest few while the stage is unfinished.
@@ -107,6 +111,7 @@ class Training(Stage):
             token_target=self.token_target,
             optimizer=type(self.optim).slot_name,
             precision=self.precision,
+            recompute=self.recompute,
             notes=(f"length set by epochs = {self.epochs}",) if self.epochs is not None else (),
         )
         return _lora.planned(self, plan) if self.lora is not None else state.planned(self.optim, plan)
@@ -187,6 +192,7 @@ def execute(
         )
     if stage.qat == "int4":
         model.qat("int4_group", where=f"stage.{ctx.name}.qat")
+    model.recompute(stage.recompute, stage.seq_len)
     tau = getattr(stage.optim, "tau", None)
     model.capture_max_logits(tau)
     optim = stage.optim.build(model.named_parameters(), model.row_layouts())

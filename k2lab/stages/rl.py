@@ -153,6 +153,7 @@ class Rl(FineTuning):
             steps=self.steps,
             optimizer=type(self.optim).slot_name,
             precision=self.precision,
+            recompute=self.recompute,
             notes=(
                 f"{self.tasks_per_step} tasks x {self.group_size} responses of at most {self.max_tokens} tokens per step; every "
                 f"sequence is counted as seq_len = {self.seq_len} tokens, an upper bound",

@@ -91,8 +91,8 @@ def test_no_mask_of_all_tokens_is_built_for_packs(monkeypatch: pytest.MonkeyPatc
 def test_recomputation_changes_neither_gradients_nor_counts(spec) -> None:
     model, batch = make(spec).train(), pack()
     found = []
-    for on in (False, True):
-        model.recompute(on)
+    for mode in ("none", "layers"):
+        model.recompute(mode)
         model.hf.zero_grad()
         model.reset_expert_counts()
         model.reset_max_logits()

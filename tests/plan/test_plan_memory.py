@@ -15,6 +15,7 @@ from k2lab.optim.adamw import AdamW
 from k2lab.optim.muonclip import MuonClip
 from k2lab.plan import machines, state
 from k2lab.plan.memory import activation_bytes, matrix_parameters, training_memory
+from k2lab.specs import recomputation
 
 
 def train(model="tiny-k2", **changes):
@@ -80,11 +81,11 @@ def test_nothing_helps_if_activations_are_too_much():
     assert memory.activations_checkpointed < 0.2 * next(t.bytes for t in memory.terms if t.key == "activations")
 
 
-def kept_bytes(spec, starts):
+def kept_bytes(spec, starts, recompute="none", seq_len=4096):
     """Bytes that our model in fp32 on the CPU keeps for the backward pass of one pack, parameters excluded, and the hidden states
     that it hands out."""
     model = build.from_spec(spec, seed=0, dtype=torch.float32, device=torch.device("cpu"))
-    model.train()
+    model.train().recompute(recompute, seq_len)
     bounds = torch.tensor(starts)
     positions = torch.cat([torch.arange(n) for n in bounds.diff().tolist()])
     tokens = torch.arange(starts[-1])
@@ -131,6 +132,25 @@ def test_activations_are_what_autograd_keeps(name, variant):
     found = terms(replace(train(seq_len=512, per_device_batch=2), model=spec))
     tolerance = 5e-4 if spec.layers_of("kda") else 0
     assert kept_bytes(spec, [0, 512, 1024]) == pytest.approx(found["activations"] + found["probabilities"], rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("name", ["tiny-k2", "tiny-linear", "tiny-dense"])
+@pytest.mark.parametrize("mode", ["selective", "layers"])
+def test_activations_with_recomputation(name, mode):
+    """What is kept when the forward pass ends, and the dearest block that is computed again; as exact as without."""
+    inp = train(model=name, seq_len=512, per_device_batch=2, recompute=mode)
+    spec, found = inp.model, terms(inp)
+    again = recomputation.recomputed(spec, mode, 512, 4)
+    blocks = recomputation.blocks(spec, 512, 4)
+    dearest = max(sum(getattr(layer, key).bytes for key in keys) for layer, keys in zip(blocks, again))
+    softmax = [layer for layer, kind in enumerate(spec.layer_types) if kind != "kda"]
+    kept = sum("mixer" not in again[layer] for layer in softmax)
+    each = terms(replace(inp, recompute="none"))["probabilities"] / len(softmax)
+    assert found["probabilities"] == each * (kept + (kept < len(softmax)))
+    expected = found["activations"] - 1024 * dearest + each * kept
+    if not kept:  # held as an argument of what is computed again, which the hooks do not see
+        expected -= 1024 * activation_bytes(spec).get("rotation", 0)
+    assert kept_bytes(spec, [0, 512, 1024], mode, 512) == pytest.approx(expected, rel=5e-3, abs=0)
 
 
 @pytest.mark.parametrize("name", ["tiny-k2", "tiny-linear", "tiny-dense"])
