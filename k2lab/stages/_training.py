@@ -161,38 +161,16 @@ def execute(
     """
     import torch
 
-    from k2lab import specs
-    from k2lab.ckpt import origin
     from k2lab.dist import mesh
     from k2lab.engine.loop import train
     from k2lab.engine.run import EarlyStop, TrainRun
-    from k2lab.models import build
     from k2lab.models.router import track_quantiles
-    from k2lab.stages._models import load_model
 
     rank, world, device = mesh.init(ctx.device)
     stage.check_ranks(f"stage.{ctx.name}", world)
     feed = make_feed(rank, world)
     check_streams(objective, feed.gives, f"stage.{ctx.name}")
-    dtype = torch.float32 if stage.precision == "fp32" else torch.bfloat16
-    spec = None
-    adapted: dict[str, int] = {}
-    if stage.lora is not None:
-        model, adapted = _lora.begin(stage, ctx, dtype, device)
-    elif stage.start is not None:
-        model = load_model(ctx.parent("start").path, dtype, device, merge=True)
-    else:
-        spec = model_spec if model_spec is not None else specs.from_recipe(ctx.model)
-        model = build.from_spec(spec, seed=ctx.seed, dtype=dtype, device=device)
-    if model.vocab_size < vocab_size:
-        raise RecipeError(
-            f"the tokenizer has {vocab_size} tokens and the model only {model.vocab_size}",
-            where=f"stage.{ctx.name}",
-            next="Make vocab_size of the model and of the tokenizer stage equal",
-        )
-    if stage.qat == "int4":
-        model.qat("int4_group", where=f"stage.{ctx.name}.qat")
-    model.recompute(stage.recompute, stage.seq_len)
+    model, adapted = _model(stage, ctx, device, vocab_size, model_spec)
     tau = getattr(stage.optim, "tau", None)
     model.capture_max_logits(tau)
     optim = stage.optim.build(model.named_parameters(), model.row_layouts())
@@ -234,20 +212,57 @@ def execute(
     train(model, optim, feed, objective, run)
     facts = run.finish(model)
     if rank == 0:
-        if stage.lora is not None:
-            _lora.finish(stage, ctx, model)
-        else:
-            build.save(model, ctx.work)
-        copy_tokenizer(tokenizer_source, ctx.work)
-        if stage.start is not None and (stage.lora is None or stage.lora.merge):
-            # what training leaves as it was is exported from the bytes that it came from
-            origin.carry(_lora.base_of_start(ctx)[0], ctx.work)
-        parameters = [parameter for _, parameter in model.named_parameters()]
-        ctx.facts.update(training=facts, parameters=sum(p.numel() for p in parameters), table_hash=optim.table_hash())
-        if stage.lora is not None:
-            trained = sum(p.numel() for p in parameters if p.requires_grad)
-            ctx.facts["lora"] = {"parameters": trained, "matrices": adapted, "merged": stage.lora.merge}
-            ctx.facts["parameters"] = model.spec.total()
+        _leave(stage, ctx, model, tokenizer_source, adapted)
+        ctx.facts.update(training=facts, table_hash=optim.table_hash())
+
+
+def _model(stage: Training, ctx: StageContext, device: Any, vocab_size: int, model_spec: Any) -> tuple[Any, dict[str, int]]:
+    """(the model to train, as the stage's fields want it; matrices with adapters by target)."""
+    import torch
+
+    from k2lab import specs
+    from k2lab.models import build
+    from k2lab.stages._models import load_model
+
+    dtype = torch.float32 if stage.precision == "fp32" else torch.bfloat16
+    adapted: dict[str, int] = {}
+    if stage.lora is not None:
+        model, adapted = _lora.begin(stage, ctx, dtype, device)
+    elif stage.start is not None:
+        model = load_model(ctx.parent("start").path, dtype, device, merge=True)
+    else:
+        spec = model_spec if model_spec is not None else specs.from_recipe(ctx.model)
+        model = build.from_spec(spec, seed=ctx.seed, dtype=dtype, device=device)
+    if model.vocab_size < vocab_size:
+        raise RecipeError(
+            f"the tokenizer has {vocab_size} tokens and the model only {model.vocab_size}",
+            where=f"stage.{ctx.name}",
+            next="Make vocab_size of the model and of the tokenizer stage equal",
+        )
+    if stage.qat == "int4":
+        model.qat("int4_group", where=f"stage.{ctx.name}.qat")
+    model.recompute(stage.recompute, stage.seq_len)
+    return model, adapted
+
+
+def _leave(stage: Training, ctx: StageContext, model: Any, tokenizer_source: Path, adapted: dict[str, int]) -> None:
+    """Writes the artifact, a whole model or an adapter, and says what was trained of it."""
+    from k2lab.ckpt import origin
+    from k2lab.models import build
+
+    parameters = [parameter for _, parameter in model.named_parameters()]
+    if stage.lora is None:
+        build.save(model, ctx.work)
+        ctx.facts["parameters"] = sum(p.numel() for p in parameters)
+    else:
+        _lora.finish(stage, ctx, model)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        ctx.facts["lora"] = {"parameters": trained, "matrices": adapted, "merged": stage.lora.merge}
+        ctx.facts["parameters"] = model.spec.total()
+    copy_tokenizer(tokenizer_source, ctx.work)
+    if stage.start is not None and (stage.lora is None or stage.lora.merge):
+        # what training leaves as it was is exported from the bytes that it came from
+        origin.carry(_lora.base_of_start(ctx)[0], ctx.work)
 
 
 def check_streams(objective: Any, gives: Collection[str], where: str) -> None:
