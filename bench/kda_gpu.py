@@ -26,8 +26,9 @@ import torch
 from torch import nn
 
 from k2lab.core.rng import rng
-from k2lab.models import _kda_choices, kda_gpu
+from k2lab.models import kda_gpu
 from k2lab.models.delta import FastKDA
+from k2lab.models.kernels import kda_choices
 from k2lab.models.norm import FastGatedRMSNorm
 from k2lab.models.pack import Pack
 
@@ -114,7 +115,7 @@ def thin(count: int) -> None:
         for thing in list(vars(sys.modules[name]).values()):
             while hasattr(thing, "fn") and not isinstance(thing, Autotuner):
                 thing = thing.fn
-            if isinstance(thing, Autotuner) and not isinstance(thing.cache, _kda_choices.Table):
+            if isinstance(thing, Autotuner) and not isinstance(thing.cache, kda_choices.Table):
                 step = max(1, len(thing.configs) // count)
                 thing.configs = thing.configs[step // 2 :: step][:count]
 
@@ -236,7 +237,7 @@ def main() -> None:
     kernel(options.tokens, [options.tokens], options.rounds)
     layer(options.layer_tokens, options.rounds)
     if options.write_choices:
-        options.write_choices.write_text(json.dumps(_kda_choices.record(), indent=1) + "\n")
+        options.write_choices.write_text(json.dumps(kda_choices.record(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,10 +69,11 @@ def _execute(recipe: recipes.Recipe, run_dir: Path, args: argparse.Namespace, sa
     if rank == 0 and not in_use and (run_dir / "stages").is_dir():
         page = runner.write_report(run_dir)
         if failure is None:
+            from k2lab.core.progress import clock
             from k2lab.report import rows
 
             print("\n" + rows.summary_text(run_dir))
-            print(f"\ndone in {_clock(time.perf_counter() - began)}")
+            print(f"\ndone in {clock(time.perf_counter() - began)}")
             if page:
                 print(f"report:   {page}")
             print(f"numbers:  k2 report {run_dir} --json")
@@ -412,12 +413,6 @@ def _tell(what: str, problems: list[str], proved: list[str]) -> int:
     for text in [*problems, *proved]:
         print(f"  {text}")
     return len(problems)
-
-
-def _clock(seconds: float) -> str:
-    from k2lab.core.progress import clock
-
-    return clock(seconds)
 
 
 def _say(text: str) -> None:

@@ -177,7 +177,7 @@ def _require_cover(shape: tuple[int, ...], pieces: list[Piece], where: str) -> N
 
 
 class DcpTensors:
-    """The tensors of a DCP folder by key: `info(name)` and `read(name, rows, columns)` as a `TensorSource` has them."""
+    """The tensors of a DCP folder by key: `info`, `read` and `read_into` as a `TensorSource` has them."""
 
     def __init__(self, folder: Path | str) -> None:
         self.path = Path(folder)
@@ -195,9 +195,25 @@ class DcpTensors:
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
         """The tensor, or rows (first axis) and columns (last axis) of it; only pieces that hold a part of these are read."""
-        dtype, shape, pieces = self.tensors[name]
-        box = [range(*part.indices(size)) for part, size in zip(_slices(shape, rows, columns), shape)]
-        whole = torch.empty([len(part) for part in box], dtype=DTYPES[dtype])
+        box = self._box(name, rows, columns)
+        found = torch.empty([len(part) for part in box], dtype=DTYPES[self.tensors[name][0]])
+        self._fill(found, name, box)
+        return found
+
+    def read_into(self, target: torch.Tensor, name: str, rows: slice | None = None) -> None:
+        """Fills `target`, a tensor of the stored type, with rows of the tensor; only pieces that hold some of them are read."""
+        box = self._box(name, rows, None)
+        shape, dtype = [len(part) for part in box], DTYPES[self.tensors[name][0]]
+        assert list(target.shape) == shape and target.dtype == dtype, "another tensor"
+        self._fill(target, name, box)
+
+    def _box(self, name: str, rows: slice | None, columns: slice | None) -> list[range]:
+        """What rows and columns are of each axis."""
+        shape = self.tensors[name][1]
+        return [range(*part.indices(size)) for part, size in zip(_slices(shape, rows, columns), shape)]
+
+    def _fill(self, whole: torch.Tensor, name: str, box: list[range]) -> None:
+        dtype, _, pieces = self.tensors[name]
         for piece in pieces:
             here = [
                 (max(part.start, start), min(part.stop, start + size))
@@ -209,7 +225,6 @@ class DcpTensors:
             source = tuple(slice(start - first, stop - first) for (start, stop), first in zip(here, piece.offsets))
             target = tuple(slice(start - part.start, stop - part.start) for (start, stop), part in zip(here, box))
             whole[target] = tensor[source]
-        return whole
 
     def _load(self, name: str, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
         where = f"{name} in {self.path / piece.file}"

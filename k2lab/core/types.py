@@ -111,7 +111,8 @@ class Batch:
 
     `tokens_T`, `targets_T`, `positions_T` i64[T]; `weight_T` f32[T]; `starts_S1` i64[S+1] cumulative document boundaries,
     `starts_S1[0] == 0`, `starts_S1[-1] == T`; `keys` and `sources` of the S samples in order; `num_tokens` positions with
-    weight != 0. Arrays are numpy on the host and torch tensors once the engine has moved the batch to a device.
+    weight != 0. Arrays are numpy on the host and torch tensors once the engine has moved the batch to a device, but for `pair_S`
+    and `sign_S`, which stay on the host.
     """
 
     tokens_T: Any
@@ -191,6 +192,9 @@ class TensorSource(Protocol):
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Any:
         """The decoded tensor, or a part of it (rows: first axis, columns: last axis of a matrix); no other bytes are read."""
+
+    def read_into(self, target: Any, name: str, rows: slice | None = None) -> None:
+        """Fills `target`, a contiguous CPU tensor of the stored type, with rows of a plain tensor, without a copy in between."""
 
     def packed(self, name: str, rows: slice | None = None, columns: slice | None = None) -> tuple[Any, Any]:
         """(codes, scales) of an int4_group or fp8_block tensor as stored; columns in whole groups or blocks, rows of fp8 in whole

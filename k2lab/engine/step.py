@@ -38,7 +38,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     For a CUDA device they travel from page-locked memory, behind the work that is queued, so the host does not wait. The document
     boundaries stay known on the host, as `starts_host_S1`: reading them back from the device would be a wait in every forward
-    pass.
+    pass. Pairs (`pair_S`, `sign_S`) stay there as they are: they say what is picked, not what is computed with.
     """
     pinned = device.type == "cuda"
 
@@ -48,7 +48,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         tensor = torch.from_numpy(array)
         return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
-    names = ("tokens_T", "targets_T", "weight_T", "positions_T", "starts_S1", "pair_S", "sign_S")
+    names = ("tokens_T", "targets_T", "weight_T", "positions_T", "starts_S1")
     changed = {name: move(getattr(batch, name)) for name in names}
     changed["streams_T"] = {name: move(array) for name, array in batch.streams_T.items()}
     moved = dataclasses.replace(batch, **changed)

@@ -1,23 +1,23 @@
 """Causal attention over packed documents on CUDA devices in half precision: one fused kernel for documents of any lengths.
 
 The kernel reads the documents' boundaries on the device, so nothing waits for the host, nothing is padded and no plan is built
-per batch. On Hopper and Blackwell it is cuDNN's (`_attention_cudnn`), which also gives exact maxima of logits; elsewhere, or
-where `nvidia-cudnn-frontend` is missing, PyTorch's FlashAttention 2 (`_attention_flash`), about half as fast. What neither takes
-(fp32, odd head widths) goes through PyTorch's kernels on padded groups, see `attention`.
+per batch. On Hopper and Blackwell it is cuDNN's (`kernels.attention_cudnn`), which also gives exact maxima of logits; elsewhere,
+or where `nvidia-cudnn-frontend` is missing, PyTorch's FlashAttention 2 (`kernels.attention_flash`), about half as fast. What
+neither takes (fp32, odd head widths) goes through PyTorch's kernels on padded groups, see `attention`.
 
 Legend: `T` packed tokens, `H` heads, `C` query and key head width, `V` value head width, `N` no-position width, `R` rotary width.
 """
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 
-from k2lab.models import _attention_cudnn, _attention_flash
+from k2lab.models import slower
 from k2lab.models.attention import LogitStats
+from k2lab.models.kernels import attention_cudnn, attention_flash
 from k2lab.models.pack import Pack, Ragged
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -41,12 +41,12 @@ def _choice(device: int, qk: int, v: int) -> str | None:
         why = f"cuDNN has none for compute capability {major}.{minor}"
     elif qk % CUDNN or v % CUDNN:
         why = f"head widths {qk} and {v} are no multiples of {CUDNN}"
-    elif _attention_cudnn.frontend() is None:
+    elif attention_cudnn.frontend() is None:
         why = "nvidia-cudnn-frontend 1.22 with cuDNN 9.19 or newer is not installed"
     if why is None:
         return "cudnn"
     instead = "FlashAttention 2 is taken" if flash else "documents are padded in groups"
-    warnings.warn(f"the fast kernels of packed attention are not used: {why}; {instead}, which is slower", stacklevel=4)
+    slower.say(f"the fast kernels of packed attention are not used, {why}", f"{instead}, which is slower")
     return "flash" if flash else None
 
 
@@ -68,13 +68,13 @@ def _forward(
     """Output [T, H, V] and what the backward pass needs of the logits; `stats`, while active, sees their maxima."""
     observe = stats is not None and stats.active
     if _kernel(q_THC.device.index, q_THC.shape[2], v_THV.shape[2]) == "cudnn":
-        out, lse, max_H = _attention_cudnn.forward(q_THC, k_THC, _aligned(v_THV), scale, ragged, observe)
+        out, lse, max_H = attention_cudnn.forward(q_THC, k_THC, _aligned(v_THV), scale, ragged, observe)
         if max_H is not None:
             stats.see(max_H)
         return out, lse
-    out, lse = _attention_flash.forward(q_THC, k_THC, v_THV, scale, ragged)
+    out, lse = attention_flash.forward(q_THC, k_THC, v_THV, scale, ragged)
     if observe:
-        stats.see(_attention_flash.maxima(q_THC, k_THC, lse, scale, ragged, stats.tau))
+        stats.see(attention_flash.maxima(q_THC, k_THC, lse, scale, ragged, stats.tau))
         stats.exact = False  # heads up to tau were bounded only; which ones, the host does not know
     return out, lse
 
@@ -92,7 +92,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of q and k, dense; that of v is written into `grad_v_THV`."""
     cudnn = _kernel(q_THC.device.index, q_THC.shape[2], v_THV.shape[2]) == "cudnn"
-    backward = _attention_cudnn.backward if cudnn else _attention_flash.backward
+    backward = attention_cudnn.backward if cudnn else attention_flash.backward
     return backward(grad_THV, q_THC, k_THC, _aligned(v_THV), out_THV, lse, scale, ragged, grad_v_THV)
 
 
@@ -132,12 +132,12 @@ class LatentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_TX, kv_TX, k_rot_TR, cos, sin, heads, widths, scale, pack, stats):
-        from k2lab.models import _mla_triton
+        from k2lab.models.kernels import mla_triton
 
         N, R, V = widths
         T, rotary = q_TX.shape[0], None if cos is None else (cos, sin)
         q, kv = q_TX.view(T, heads, N + R), kv_TX.view(T, heads, N + V)
-        k = _mla_triton.assemble(q, kv, k_rot_TR, rotary, widths)
+        k = mla_triton.assemble(q, kv, k_rot_TR, rotary, widths)
         out, lse = _forward(q, k, kv[..., N:], scale, pack.ragged, stats)
         ctx.save_for_backward(q_TX, k, kv_TX, cos, sin, out, lse)
         ctx.rest = heads, widths, scale, pack.ragged
@@ -145,7 +145,7 @@ class LatentAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TX):
-        from k2lab.models import _mla_triton
+        from k2lab.models.kernels import mla_triton
 
         q_TX, k, kv_TX, cos, sin, out, lse = ctx.saved_tensors
         heads, widths, scale, ragged = ctx.rest
@@ -154,7 +154,7 @@ class LatentAttention(torch.autograd.Function):
         q, kv = q_TX.view(T, heads, N + R), kv_TX.view(T, heads, N + V)
         grad, grad_kv = grad_TX.contiguous().view(T, heads, V), torch.empty_like(kv)
         grad_q, grad_k = _backward(grad, q, k, kv[..., N:], out, lse, scale, ragged, grad_kv[..., N:])
-        grad_rot = _mla_triton.gradients(grad_q, grad_k, grad_kv, rotary, widths)
+        grad_rot = mla_triton.gradients(grad_q, grad_k, grad_kv, rotary, widths)
         return grad_q.view(T, -1), grad_kv.view(T, -1), grad_rot, *[None] * 7
 
 

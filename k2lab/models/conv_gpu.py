@@ -8,27 +8,20 @@ Legend: `T` packed tokens, `X` channels, `J` kernel length.
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
 from typing import Any
 
 import torch
 
+from k2lab.models import slower
 from k2lab.models.pack import Pack
 
 
-@cache
+@slower.or_none("triton", "the short convolution takes the slower path of single tensor operations")
 def kernels() -> Any:
-    """The module of Triton kernels, or None where triton is missing (said once)."""
-    try:
-        from k2lab.models import _kda_triton
-    except ImportError as error:
-        warnings.warn(
-            f"short convolution: triton cannot be imported ({error}), so the slower path of single tensor operations is taken",
-            stacklevel=2,
-        )
-        return None
-    return _kda_triton
+    """The module of Triton kernels."""
+    from k2lab.models.kernels import kda_triton
+
+    return kda_triton
 
 
 def first_tokens(pack: Pack) -> torch.Tensor:

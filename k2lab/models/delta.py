@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from k2lab.models import kda_gpu
-from k2lab.models._kda_linear import Projections, Unseen, plain
 from k2lab.models.conv import short_conv
 from k2lab.models.kda import chunk_kda, decay_gate
 from k2lab.models.kda_segments import Cost, InSegments, Segment, initial_states, plan
+from k2lab.models.kernels.kda_linear import Projections, Unseen, plain
 from k2lab.models.pack import Pack
 
 KEEP_BYTES = 2.0e9  # activations that one layer may keep for its backward pass before it computes them again instead

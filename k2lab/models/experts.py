@@ -9,10 +9,12 @@ Weights: gate_up [E, 2F, D] (gate rows first), down [E, D, F].
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from k2lab.models import experts_gpu, qat
+from k2lab.models import experts_gpu, qat, slower
 from k2lab.models.gemm import grad_input, grad_weight, linear
 
 NAME = "k2lab"
@@ -70,49 +72,108 @@ class FastMLP(torch.nn.Module):
         return out.view(shape)
 
 
-class ExpertsSwiGLU(torch.autograd.Function):
-    """Sum over a token's chosen experts of weight * expert(token). x [T, D], chosen i64[T, K], weights [T, K] -> [T, D].
+# ---------------------------------------------------------------- experts
 
-    `seen` (of `qat`), if given, says what the weights are multiplied as; gradients are those of the weights, straight through."""
+
+class Dense(NamedTuple):
+    """Frozen weights as they are: [E, 2F, D] and [E, D, F]."""
+
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.down_proj)
+
+    def gate_up(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        found = self.gate_up_proj[expert]
+        return found if found.dtype == dtype else found.to(dtype)  # asking costs less than `to` does for nothing
+
+    def down(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        found = self.down_proj[expert]
+        return found if found.dtype == dtype else found.to(dtype)
+
+
+class _Low:
+    """Gradients of y += scale (x A^T) B^T for one expert after the other."""
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, scale: float) -> None:
+        self.A, self.B, self.scale = A, B, scale
+        self.grad_A, self.grad_B = torch.zeros_like(A), torch.zeros_like(B)
+
+    def at(self, expert: int, grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Keeps the gradients of A and B; that of the inner x A^T, [n, r]."""
+        A, B = self.A[expert], self.B[expert]
+        inner = (grad_y @ B).mul_(self.scale)
+        self.grad_A[expert] = grad_weight(inner, x)
+        self.grad_B[expert] = grad_weight(grad_y, x @ A.t()).mul_(self.scale)
+        return inner
+
+
+def _low(rows: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, into: torch.Tensor) -> None:
+    """into += scale (rows A^T) B^T."""
+    into.addmm_(rows @ A.t(), B.t(), alpha=scale)
+
+
+class ExpertsSwiGLU(torch.autograd.Function):
+    """Sum over a token's chosen experts of weight * expert(token). x [T, D], chosen i64[T, K], weights [T, K] -> [T, D]. Experts
+    outside [0, E) add nothing.
+
+    Either gate_up and down are given, and `seen` (of `qat`), if given, says what they are multiplied as; their gradients are
+    straight through it, and made for those that want one. Or they are None and `base` holds frozen weights: a `Dense` or a
+    `packed.Packed`. `factors` are those of a `packed.ExpertLoRA` of this `scale`, or none."""
 
     @staticmethod
-    def forward(ctx, x, chosen, weights, gate_up, down, seen=None):
-        E, K = len(gate_up), chosen.shape[1]
-        masters = gate_up, down
-        gate_up, down = masters if seen is None else map(seen, masters)
+    def forward(ctx, x, chosen, weights, gate_up, down, seen=None, base=None, scale=0.0, *factors):
+        ctx.rest = base, seen, scale, len(factors), weights.shape
+        base = base or _multiplied(gate_up, down, seen)
+        E, K = base.num_experts, chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=E).tolist()
+        ctx.counts = counts = torch.bincount(chosen.flatten(), minlength=E)[:E].tolist()
         tokens, sorted_weights = order // K, weights.flatten()[order].unsqueeze(1)
         out = torch.zeros_like(x)
+        keep = any(ctx.needs_input_grad)
         kept, end = [], 0
-        for expert, count in enumerate(counts[:E]):
+        for expert, count in enumerate(counts):
             if not count:
                 continue
             first, end = end, end + count
             rows = tokens[first:end]
-            pre = linear(x.index_select(0, rows), gate_up[expert])
-            kept.append(pre)
+            x_nD = x.index_select(0, rows)
+            pre = linear(x_nD, base.gate_up(expert, x.dtype))
             gate, up = pre.chunk(2, dim=1)
+            if factors:
+                gate_A, gate_B, up_A, up_B, down_A, down_B = (factor[expert] for factor in factors)
+                _low(x_nD, gate_A, gate_B, scale, gate)
+                _low(x_nD, up_A, up_B, scale, up)
+            del x_nD
             act = torch.nn.functional.silu(gate).mul_(up)
-            out.index_add_(0, rows, linear(act, down[expert]).mul_(sorted_weights[first:end]))
+            y = linear(act, base.down(expert, x.dtype))
+            if factors:
+                _low(act, down_A, down_B, scale, y)
+            out.index_add_(0, rows, y.mul_(sorted_weights[first:end]))
+            del y
+            if keep:
+                kept.append(pre)
         # all through save_for_backward, so that recomputation can drop them
-        ctx.save_for_backward(x, tokens, order, sorted_weights, *masters, *kept)
-        ctx.counts, ctx.shape, ctx.seen = counts, chosen.shape, seen
+        ctx.save_for_backward(x, tokens, order, sorted_weights, gate_up, down, *factors, *kept)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, tokens, order, sorted_weights, gate_up, down, *kept = ctx.saved_tensors
-        grad_x = torch.zeros_like(x)
-        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        if ctx.seen is not None:
-            gate_up, down = ctx.seen(gate_up), ctx.seen(down)
+        base, seen, scale, num, shape = ctx.rest
+        x, tokens, order, sorted_weights, gate_up, down, *rest = ctx.saved_tensors
+        grads = [torch.empty_like(w) if want else None for w, want in zip((gate_up, down), ctx.needs_input_grad[3:5])]
+        base, (grad_gate_up, grad_down) = base or _multiplied(gate_up, down, seen), grads
+        lows = [_Low(A, B, scale) for A, B in zip(rest[0:num:2], rest[1:num:2])]
+        pres = iter(rest[num:])
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         grad_weights, end = sorted_weights.new_zeros(len(order)), 0
-        pres = iter(kept)
-        for expert, count in enumerate(ctx.counts[: len(gate_up)]):
+        for expert, count in enumerate(ctx.counts):
             if not count:
-                grad_gate_up[expert].zero_()
-                grad_down[expert].zero_()
+                for each in grads:
+                    if each is not None:
+                        each[expert].zero_()
                 continue
             first, end = end, end + count
             rows, weight = tokens[first:end], sorted_weights[first:end]
@@ -121,16 +182,40 @@ class ExpertsSwiGLU(torch.autograd.Function):
             grad_out = grad.index_select(0, rows)
             act = torch.nn.functional.silu(gate).mul_(up)
             # With y = down act: d weight = <grad, y> = <down^T grad, act>, so y need not be kept.
-            grad_act = grad_input(grad_out, down[expert])
-            grad_weights[first:end] = torch.linalg.vecdot(grad_act, act)
-            grad_down[expert] = grad_weight(grad_out, act.mul_(weight))
+            grad_act = grad_input(grad_out, base.down(expert, x.dtype))
+            if lows:
+                # the router's weight lies between: inner gradients are those of the weighted output
+                inner = lows[2].at(expert, grad_out * weight, act)
+                low = (grad_out @ lows[2].B[expert]).mul_(scale) @ lows[2].A[expert]
+                grad_weights[first:end] = torch.linalg.vecdot(grad_act + low, act)
+                grad_act.mul_(weight).addmm_(inner, lows[2].A[expert])
+            else:
+                grad_weights[first:end] = torch.linalg.vecdot(grad_act, act)
+                grad_act.mul_(weight)
+            if grad_down is not None:
+                grad_down[expert] = grad_weight(grad_out, act.mul_(weight))
             grad_pre = torch.empty_like(pre)
-            swiglu_backward(gate, up, grad_act.mul_(weight), *grad_pre.chunk(2, dim=1))
-            grad_gate_up[expert] = grad_weight(grad_pre, x.index_select(0, rows))
-            grad_x.index_add_(0, rows, grad_input(grad_pre, gate_up[expert]))
+            grad_gate, grad_up = grad_pre.chunk(2, dim=1)
+            swiglu_backward(gate, up, grad_act, grad_gate, grad_up)
+            if lows:
+                x_nD = x.index_select(0, rows)
+                inner_gate, inner_up = lows[0].at(expert, grad_gate, x_nD), lows[1].at(expert, grad_up, x_nD)
+            if grad_gate_up is not None:
+                grad_gate_up[expert] = grad_weight(grad_pre, x.index_select(0, rows))
+            if grad_x is not None:
+                part = grad_input(grad_pre, base.gate_up(expert, x.dtype))
+                if lows:
+                    part.addmm_(inner_gate, lows[0].A[expert]).addmm_(inner_up, lows[1].A[expert])
+                grad_x.index_add_(0, rows, part)
         scattered = torch.empty_like(grad_weights)
         scattered[order] = grad_weights
-        return grad_x, None, scattered.view(ctx.shape), grad_gate_up, grad_down, None
+        of_factors = [grad for low in lows for grad in (low.grad_A, low.grad_B)]
+        return grad_x, None, scattered.view(shape), *grads, None, None, None, *of_factors
+
+
+def _multiplied(gate_up: torch.Tensor, down: torch.Tensor, seen: qat.Seen | None) -> Dense:
+    """What trained weights are multiplied as."""
+    return Dense(gate_up, down) if seen is None else Dense(seen(gate_up), seen(down))
 
 
 def k2lab_experts(
@@ -157,7 +242,7 @@ def k2lab_experts(
         obstacle = experts_gpu.obstacle(hidden_states, self.gate_up_proj, self.down_proj)
         if obstacle is None:
             return experts_gpu.experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, seen)
-        experts_gpu.say_slower(f"the fused experts are not used, {obstacle}; transformers' grouped_mm runs, which is slower")
+        slower.say(f"the fused experts are not used, {obstacle}", "transformers' grouped_mm runs, which is slower")
     module = self if seen is None else qat.Standing(self)
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, top_k_index, top_k_weights)
 

@@ -5,7 +5,7 @@ where they lie and end with SwiGLU; the router's weight multiplies the activatio
 output is the plain sum of its K rows, and the weight's gradient is <gradient, activation>. The backward pass keeps x, the
 pre-activations and the rows' order. All sums run in a fixed order: results are the same in every run.
 
-On Hopper with widths that are multiples of 128 the products are those of `_experts_gluon`, elsewhere torch's `grouped_mm`.
+On Hopper with widths that are multiples of 128 the products are those of `kernels.experts_gluon`, elsewhere torch's `grouped_mm`.
 
 Legend: `T` tokens, `D` width, `F` expert hidden width, `E` experts, `K` choices, `R` aligned rows, `N` = T x K slots, `B` blocks
 of slots, `M` tiles of rows, `C` summed-over columns. Weights: gate_up [E, 2F, D] (gate rows first), down [E, D, F].
@@ -13,36 +13,38 @@ of slots, `M` tiles of rows, `C` summed-over columns. Weights: gate_up [E, 2F, D
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from k2lab.models import slower
 from k2lab.models.gemm import room, sum_grad_weight
 
 ALIGN = 128  # rows of a tile
 MANY = 1024  # tokens from which on an MLP's fused path pays; it copies gate and up into one matrix
 NT, NN, TN, PAIR = 0, 1, 2, 3  # what is multiplied, and
-STORE, ADD, SWIGLU = 0, 1, 2  # what is done with the result, as in `_experts_gluon`
+STORE, ADD, SWIGLU = 0, 1, 2  # what is done with the result, as in `kernels.experts_gluon`
+GROUPED_MM = "torch's grouped_mm multiplies, which is slower"
 
 
 # ---------------------------------------------------------------- what runs where
 
 
+@slower.or_none("triton", "experts, router and MLP take slower paths on this GPU")
+def _triton() -> ModuleType:
+    import triton
+
+    return triton
+
+
 @cache
 def works(device: torch.device) -> bool:
     """True if Triton kernels run on the device; says once on a CUDA device that they do not."""
-    if device.type != "cuda":
-        return False
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        warnings.warn("triton is missing: experts, router and MLP take slower paths on this GPU", stacklevel=3)
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and _triton() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def obstacle(x_TD: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> str | None:
@@ -60,31 +62,23 @@ def obstacle(x_TD: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> s
     return None
 
 
-@cache
-def say_slower(what: str) -> None:
-    """Says once per text which slower path is taken."""
-    warnings.warn(what, stacklevel=3)
+# An older triton lacks what the module names at its import.
+@slower.or_none("what the fused experts need of triton", GROUPED_MM, (ImportError, AttributeError))
+def _gluon() -> ModuleType:
+    from k2lab.models.kernels import experts_gluon
 
-
-@cache
-def _gluon() -> bool:
-    try:
-        from k2lab.models import _experts_gluon  # noqa: F401
-    except (ImportError, AttributeError) as error:
-        say_slower(f"this triton has not what the fused experts need ({error}); torch's grouped_mm multiplies, which is slower")
-        return False
-    return True
+    return experts_gluon
 
 
 def fast(x_TD: torch.Tensor, down: torch.Tensor) -> bool:
     """True if our own products run: a Hopper GPU, and both widths multiples of 128."""
     if torch.cuda.get_device_capability(x_TD.device)[0] != 9:
-        say_slower("the fused experts are written for Hopper GPUs; here torch's grouped_mm multiplies, which is slower")
+        slower.say("the fused experts are written for Hopper GPUs, and this is none", GROUPED_MM)
         return False
     if down.shape[1] % 128 or down.shape[2] % 128:
-        say_slower("experts whose widths are no multiples of 128 are multiplied by torch's grouped_mm, which is slower")
+        slower.say(f"the experts' widths {down.shape[1]} and {down.shape[2]} are not both multiples of 128", GROUPED_MM)
         return False
-    return _gluon()
+    return _gluon() is not None
 
 
 # ---------------------------------------------------------------- sorting and moving rows
@@ -126,7 +120,7 @@ def _power(n: int) -> int:
 
 def route(chosen_TK: torch.Tensor, num_experts: int) -> Route:
     """Sorts the slots of i64[T, K] by expert, stably; ids outside [0, num_experts) get no row."""
-    from k2lab.models import _experts_triton as kernels
+    from k2lab.models.kernels import experts_triton as kernels
 
     ids_N, top_k, E = chosen_TK.reshape(-1), chosen_TK.shape[1], num_experts
     num, BE = len(ids_N), max(16, _power(num_experts))
@@ -148,7 +142,7 @@ def route(chosen_TK: torch.Tensor, num_experts: int) -> Route:
 
 def spread(x_TD: torch.Tensor, at: Route) -> torch.Tensor:
     """Every token at its K rows, [R, D]; rows that fill up an expert are zero, rows after the last expert undefined."""
-    from k2lab.models import _experts_triton as kernels
+    from k2lab.models.kernels import experts_triton as kernels
 
     T, D = x_TD.shape
     out_RD = x_TD.new_empty(at.num_rows, D)
@@ -162,7 +156,7 @@ def spread(x_TD: torch.Tensor, at: Route) -> torch.Tensor:
 
 def combine(rows_RD: torch.Tensor, at: Route) -> torch.Tensor:
     """The sum of each token's K rows in fp32, [T, D]."""
-    from k2lab.models import _experts_triton as kernels
+    from k2lab.models.kernels import experts_triton as kernels
 
     T, D = len(at.row_N) // at.top_k, rows_RD.shape[1]
     out_TD, wide = rows_RD.new_empty(T, D), min(_power(D), 1024)
@@ -196,8 +190,8 @@ def _product(
     a: torch.Tensor, b: torch.Tensor, at: Route, mode: int, kind: int, out: torch.Tensor, columns: tuple[int, int], wide: int,
     act: torch.Tensor | None = None, weight_N: torch.Tensor | None = None, side: int = 0, group: int = 8,
 ) -> None:  # fmt: skip
-    """Runs `_experts_gluon.product_kernel`; see there. Tensors are two-dimensional and contiguous, tiles 128 x `wide`."""
-    from k2lab.models import _experts_gluon as kernels
+    """Runs `kernels.experts_gluon.product_kernel`; see there. Tensors are two-dimensional and contiguous, tiles 128 x `wide`."""
+    from k2lab.models.kernels import experts_gluon as kernels
 
     out_tiles, sms = _tiles(out, 64, 64), _sms(out.device.index)
     kernels.product_kernel[(sms,)](
@@ -249,7 +243,7 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor, ends_E: torch.Tensor) -> torch
 
 def _swiglu(pre_RF2: torch.Tensor, weight_N: torch.Tensor, at: Route) -> torch.Tensor:
     """weight x silu(gate) x up, [R, F]."""
-    from k2lab.models import _experts_triton as kernels
+    from k2lab.models.kernels import experts_triton as kernels
 
     R, F = len(pre_RF2), pre_RF2.shape[1] // 2
     act_RF, rows, wide = pre_RF2.new_empty(R, F), 8, min(_power(F), 1024)
@@ -262,7 +256,7 @@ def _swiglu_grad(
     grad_RF: torch.Tensor, pre_RF2: torch.Tensor, weight_N: torch.Tensor, at: Route
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradient of pre [R, 2F], weighted act [R, F] in the place of `grad_RF`, gradient of the weights fp32[N])."""
-    from k2lab.models import _experts_triton as kernels
+    from k2lab.models.kernels import experts_triton as kernels
 
     R, F = grad_RF.shape
     grad_pre_RF2, act_RF = torch.empty_like(pre_RF2), grad_RF
@@ -346,7 +340,7 @@ class DenseSwiGLUGPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_gate, w_up, w_down):
-        from k2lab.models import _experts_triton as kernels
+        from k2lab.models.kernels import experts_triton as kernels
 
         pre = x @ torch.cat([w_gate, w_up]).t()
         T, F = len(x), len(w_gate)
@@ -357,7 +351,7 @@ class DenseSwiGLUGPU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        from k2lab.models import _experts_triton as kernels
+        from k2lab.models.kernels import experts_triton as kernels
 
         x, pre, w_gate, w_up, w_down = ctx.saved_tensors
         T, F = len(x), len(w_gate)

@@ -8,15 +8,15 @@ Legend: `B` batch, `T` tokens, `H` heads, `D` head width, `S` documents, `M` chu
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from functools import cache
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from k2lab.models import _kda_choices
+from k2lab.models import slower
+from k2lab.models.kernels import kda_choices
 from k2lab.models.pack import Pack
 
 CHUNK = 64
@@ -25,35 +25,21 @@ SAFE_BOUND = -5.0  # gates in [-5, 0): the library's faster form of products wit
 EXTRA = "pip install 'k2lab[gpu]'"
 
 
-@cache
+@slower.or_none("flash-linear-attention", f"Kimi Delta Attention takes the slower path of tensor operations. {EXTRA}")
 def kernels() -> Any:
-    """The library's kernels with the choices for this device, or None where it or triton is missing (said once)."""
-    slower = "so the slower path of tensor operations is taken"
-    try:
-        from importlib.metadata import version
+    """The library's kernels with the choices for this device. Raises ImportError for versions that were not tested."""
+    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
+    from fla.ops.kda.chunk_bwd import chunk_kda_bwd_dAv
+    from fla.ops.kda.chunk_fwd import chunk_kda_fwd
+    from fla.ops.kda.gate import kda_gate_chunk_cumsum
+    from fla.ops.kda.wy_fast import recompute_w_u_fwd
+    from fla.ops.utils.constant import RCP_LN2
 
-        from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
-        from fla.ops.kda.chunk_bwd import chunk_kda_bwd_dAv
-        from fla.ops.kda.chunk_fwd import chunk_kda_fwd
-        from fla.ops.kda.gate import kda_gate_chunk_cumsum
-        from fla.ops.kda.wy_fast import recompute_w_u_fwd
-        from fla.ops.utils.constant import RCP_LN2
+    from k2lab.models.kernels import kda_chunks_triton, kda_triton
 
-        from k2lab.models import _kda_chunks_triton, _kda_triton
-
-        found = version("fla-core")
-    except ImportError as error:
-        warnings.warn(
-            f"Kimi Delta Attention on CUDA: flash-linear-attention cannot be imported ({error}), {slower}. {EXTRA}", stacklevel=2
-        )
-        return None
-    if not found.startswith(VERSIONS):
-        warnings.warn(
-            f"Kimi Delta Attention on CUDA: fla-core {found} is not a tested version ({', '.join(VERSIONS)}), {slower}. {EXTRA}",
-            stacklevel=2,
-        )
-        return None
-    _kda_choices.prime()
+    if not (found := version("fla-core")).startswith(VERSIONS):
+        raise ImportError(f"fla-core {found} is not a tested version ({', '.join(VERSIONS)})")
+    kda_choices.prime()
     return SimpleNamespace(
         forward=chunk_kda_fwd,
         cumulate_gate=kda_gate_chunk_cumsum,
@@ -62,18 +48,9 @@ def kernels() -> Any:
         scan=chunk_gated_delta_rule_fwd_h,
         scan_backward=chunk_gated_delta_rule_bwd_dhu,
         inner_backward=chunk_kda_bwd_dAv,
-        parts_backward=_kda_chunks_triton.parts_backward,
-        chunk_backward=_kda_chunks_triton.chunk_backward,
-        unit_forward=_kda_triton.unit_forward,
-    )
-
-
-@cache
-def _say_exact(dtype: torch.dtype) -> None:
-    warnings.warn(
-        f"Kimi Delta Attention on CUDA in {dtype}: the kernels would round products to tf32, so the slower, exact path is taken; "
-        "bfloat16 takes the fast one",
-        stacklevel=3,
+        parts_backward=kda_chunks_triton.parts_backward,
+        chunk_backward=kda_chunks_triton.chunk_backward,
+        unit_forward=kda_triton.unit_forward,
     )
 
 
@@ -82,7 +59,8 @@ def takes(query: torch.Tensor, value: torch.Tensor) -> bool:
     if query.device.type != "cuda" or max(query.shape[-1], value.shape[-1]) > 256 or query.shape[-1] % 16 or value.shape[-1] % 16:
         return False
     if query.dtype not in (torch.bfloat16, torch.float16):
-        _say_exact(query.dtype)
+        why = f"the kernels of Kimi Delta Attention would round products in {query.dtype} to tf32"
+        slower.say(why, "the slower, exact path is taken; bfloat16 takes the fast one")
         return False
     return kernels() is not None
 

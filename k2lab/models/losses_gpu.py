@@ -16,14 +16,15 @@ Legend: `T` positions, `D` width, `W` vocabulary, `K` teacher's tokens, `c` posi
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 
 import torch
 
+from k2lab.models import slower
+
+SLOWER = "losses on this GPU take a slower path, in which the host waits for the device"
 BUFFER = 512 << 20  # bytes of a piece's logits
 ROWS = 4096  # with fewer positions in a piece, summing the weight's gradient over pieces costs more than a tenth of the products
 GATHER = 0.9  # rows are gathered if at most this share of them counts
@@ -31,21 +32,11 @@ DTYPES = (torch.bfloat16, torch.float32)
 LOG_TINY = math.log(torch.finfo(torch.float32).tiny)  # the student's remainder stays above it, as on the CPU
 
 
-@cache
-def _say(reason: str) -> None:
-    """Says once per reason that a slower path is taken."""
-    warnings.warn(f"{reason}: losses on this GPU take a slower path, in which the host waits for the device", stacklevel=3)
+@slower.or_none("triton", SLOWER)
+def _kernels() -> ModuleType:
+    from k2lab.models.kernels import losses_triton
 
-
-@cache
-def _kernels() -> ModuleType | None:
-    """The Triton kernels, or None (said once) where Triton is not installed."""
-    try:
-        from k2lab.models import _losses_triton
-    except ImportError:
-        _say("triton is not installed")
-        return None
-    return _losses_triton
+    return losses_triton
 
 
 def takes(hidden_TD: torch.Tensor, weight_WD: torch.Tensor) -> bool:
@@ -53,7 +44,7 @@ def takes(hidden_TD: torch.Tensor, weight_WD: torch.Tensor) -> bool:
     if hidden_TD.device.type != "cuda":
         return False
     if hidden_TD.dtype != weight_WD.dtype or hidden_TD.dtype not in DTYPES:
-        _say(f"hidden states are {hidden_TD.dtype} and the head {weight_WD.dtype}, not both bfloat16 or float32")
+        slower.say(f"hidden states are {hidden_TD.dtype} and the head {weight_WD.dtype}, not bfloat16 or float32 both", SLOWER)
         return False
     return _kernels() is not None
 

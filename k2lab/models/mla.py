@@ -106,10 +106,10 @@ class FastMLA(torch.nn.Module):
         """The two projections of x: queries or their latent, and the latent of keys and values with the rotary key."""
         query = self.q_proj if self.q_lora_rank is None else self.q_a_proj
         if x_TD.device.type == "cuda":
-            from k2lab.models import _kda_linear
+            from k2lab.models.kernels import kda_linear
 
-            if _kda_linear.plain(query, self.kv_a_proj_with_mqa):
-                return _kda_linear.Projections.apply(0, x_TD, query.weight, self.kv_a_proj_with_mqa.weight)
+            if kda_linear.plain(query, self.kv_a_proj_with_mqa):
+                return kda_linear.Projections.apply(0, x_TD, query.weight, self.kv_a_proj_with_mqa.weight)
         return query(x_TD), self.kv_a_proj_with_mqa(x_TD)
 
     def _fused(self, x: torch.Tensor) -> bool:

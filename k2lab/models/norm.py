@@ -8,34 +8,24 @@ Legend: `T` tokens (all leading axes), `D` normalised width.
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from k2lab.models import slower
 from k2lab.models.recomputing import RecomputingLayer, again
 
+SLOWER = "norms on this GPU take transformers' slower path"
 DTYPES = (torch.bfloat16, torch.float32)
 WIDEST = 16384  # a row is held in registers
 
 
-@cache
-def _say(reason: str) -> None:
-    """Says once per reason that a slower path is taken."""
-    warnings.warn(f"{reason}: norms on this GPU take transformers' slower path", stacklevel=3)
+@slower.or_none("triton", SLOWER)
+def _kernels() -> ModuleType:
+    from k2lab.models.kernels import norm_triton
 
-
-@cache
-def _kernels() -> ModuleType | None:
-    """The Triton kernels, or None (said once) where Triton is not installed."""
-    try:
-        from k2lab.models import _norm_triton
-    except ImportError:
-        _say("triton is not installed")
-        return None
-    return _norm_triton
+    return norm_triton
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -44,7 +34,8 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if x.device.type != "cuda":
         return False
     if x.dtype != weight.dtype or x.dtype not in DTYPES or x.shape[-1] > WIDEST:
-        _say(f"inputs are {x.dtype}, weights {weight.dtype}, width {x.shape[-1]}; kernels take bfloat16 or float32 to {WIDEST}")
+        widest = f"kernels take bfloat16 or float32 to {WIDEST}"
+        slower.say(f"inputs are {x.dtype}, weights {weight.dtype}, width {x.shape[-1]}; {widest}", SLOWER)
         return False
     return _kernels() is not None
 

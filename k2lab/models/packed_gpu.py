@@ -1,10 +1,10 @@
-"""Frozen experts on a CUDA device in bf16, forward and backward, without waiting for the device: `packed.FrozenExperts` at the
+"""Frozen experts on a CUDA device in bf16, forward and backward, without waiting for the device: `packed.frozen_experts` at the
 speed of `experts_gpu`. Weights are bf16 or INT4 codes; low-rank terms of gate, up and down beside them.
 
 Rows are sorted, multiplied and summed as in `experts_gpu`. Frozen weights have no gradient, so a step has two thirds of the
 products of full training. A low-rank term is narrow on one side: its inner rows (A x, B^T dy) and the sums that give the
 gradients of A and B take as long as reading the rows, and its outer side adds columns to the sum of the large product
-(`_packed_gluon`), so that no wide tensor is written twice.
+(`kernels.packed_gluon`), so that no wide tensor is written twice.
 
 INT4 codes are multiplied in one of two ways, with the same bits: decoded inside the product, tile by tile, with no decoded matrix
 in memory; or decoded into a buffer that all layers share, as many experts at a time as fit `SCRATCH` bytes, which costs one pass
@@ -32,7 +32,7 @@ from k2lab.models.experts_gpu import ALIGN, Route, combine, route, spread
 if TYPE_CHECKING:
     from k2lab.models.packed import Dense, ExpertLoRA, Packed
 
-NT, NN, PAIR = 0, 1, 3  # what is multiplied, as in `_packed_gluon`
+NT, NN, PAIR = 0, 1, 3  # what is multiplied, as in `kernels.packed_gluon`
 GROUP = 32  # weights of a scale that the kernels know
 WIDEST = 128  # columns of a low-rank term: 2 r for gate and up together
 MANY = 384  # rows per expert from which on decoding a layer beforehand pays
@@ -170,7 +170,7 @@ def _columns(rank: int) -> int:
 
 
 def _inner(rows: torch.Tensor, factors: torch.Tensor, at: Route, scale: float, along: bool, gather: bool = False) -> torch.Tensor:
-    from k2lab.models import _packed_triton as kernels
+    from k2lab.models.kernels import packed_triton as kernels
 
     P, C = (factors.shape[2], factors.shape[1]) if along else factors.shape[1:]
     low_RP = rows.new_empty(at.num_rows, P)
@@ -185,7 +185,7 @@ def _sums(
     low_RP: torch.Tensor, rows: torch.Tensor, at: Route, dtype: torch.dtype, along: bool, gather: bool = False
 ) -> torch.Tensor:
     """Sum over each expert's rows of low^T row [E, P, C], or (`along`) of row^T low [E, C, P]."""
-    from k2lab.models import _packed_triton as kernels
+    from k2lab.models.kernels import packed_triton as kernels
 
     P, C, E = low_RP.shape[1], rows.shape[1], at.num_experts
     out = torch.empty((E, C, P) if along else (E, P, C), dtype=dtype, device=rows.device)
@@ -202,8 +202,8 @@ def _product(
     a: torch.Tensor, matrix: _Matrix, at: Route, mode: int, low: torch.Tensor | None, factors: torch.Tensor | None,
     out: torch.Tensor, act: torch.Tensor | None = None, weight_N: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Runs `_packed_gluon.product_kernel`; see there."""
-    from k2lab.models import _packed_gluon as kernels
+    """Runs `kernels.packed_gluon.product_kernel`; see there."""
+    from k2lab.models.kernels import packed_gluon as kernels
 
     gather, tiles = mode == PAIR, experts_gpu._tiles
     W, C = {NT: (matrix.rows, matrix.columns), NN: (matrix.columns, matrix.rows), PAIR: (matrix.rows // 2, matrix.columns)}[mode]

@@ -259,7 +259,7 @@ def _read(source: TensorSource, home: _Home, held: Sequence[Ranges], local: torc
         rows = wanted[0]
         columns = wanted[1] if len(wanted) == 2 and wanted[1] != slice(0, info.shape[1]) else None
         rest = (slice(None), *wanted[1:]) if len(wanted) > 2 else ()
-        if columns is None and not rest and _lies_as_stored(source, info, target):
+        if columns is None and not rest and _lies_as_stored(info, target):
             source.read_into(target, info.name, rows)
             continue
         for part in _row_parts(rows, target):
@@ -267,10 +267,10 @@ def _read(source: TensorSource, home: _Home, held: Sequence[Ranges], local: torc
             target[part.start - rows.start : part.stop - rows.start].copy_(value[rest] if rest else value)
 
 
-def _lies_as_stored(source: TensorSource, info: TensorInfo, target: torch.Tensor) -> bool:
-    """True if the source's bytes can be read right into `target`; not every source can."""
+def _lies_as_stored(info: TensorInfo, target: torch.Tensor) -> bool:
+    """True if the source's bytes can be read right into `target`."""
     same = info.format == "plain" and _DTYPES.get(info.dtype) == target.dtype
-    return same and target.device.type == "cpu" and target.is_contiguous() and hasattr(source, "read_into")
+    return same and target.device.type == "cpu" and target.is_contiguous()
 
 
 def _read_packed(

@@ -27,7 +27,7 @@ class Choose(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, weight_ED, bias_E, counts_E, top_k, norm, scale):
-        from k2lab.models import _experts_triton as kernels
+        from k2lab.models.kernels import experts_triton as kernels
 
         logits_TE = torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
         T, E = logits_TE.shape
@@ -46,7 +46,7 @@ class Choose(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logits_TE, grad_weights_TK, _):
-        from k2lab.models import _experts_triton as kernels
+        from k2lab.models.kernels import experts_triton as kernels
 
         x_TD, weight_ED, logits_TE, chosen_TK = ctx.saved_tensors
         (T, E), top_k, (norm, scale) = logits_TE.shape, chosen_TK.shape[1], ctx.facts

@@ -15,7 +15,8 @@ from made_up import items
 from k2lab.core.errors import RecipeError
 from k2lab.core.slots import load
 from k2lab.data.samples import ptx_sample, rl_sample, with_streams
-from k2lab.engine.step import coefficient
+from k2lab.engine.objectives._sequences import sides
+from k2lab.engine.step import coefficient, to_device
 
 DPO, Kimi, GRPO, Distill = (load("objective", name) for name in ("dpo", "kimi", "grpo", "distill"))
 
@@ -98,6 +99,30 @@ def test_dpo_order_of_sides_and_of_pairs_does_not_matter() -> None:
     straight = loss_of(DPO(), model, batch_of(units))
     mixed = loss_of(DPO(), model, batch_of([unit[::-1] for unit in units[::-1]]))
     assert float(mixed.detach()) == pytest.approx(float(straight.detach()), rel=1e-13)
+
+
+def test_dpo_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device whatever asks for a value, or for a size that depends on values, raises."""
+    device = torch.device("meta")
+    batch = to_device(batch_of(items(DPO.needs, sequences(8), VOCAB)), device)
+    logp_T = torch.empty(batch.tokens_T.shape, device=device, requires_grad=True)
+    monkeypatch.setattr("k2lab.models.losses.linear_logprobs", lambda *given, **how: logp_T)
+    sums = DPO(length_normalised=True, sft_weight=0.5).sums(TableModel(), batch)
+    sum(sums.values()).backward()
+    assert logp_T.grad.shape == logp_T.shape
+    chosen, rejected = sides(batch)
+    assert chosen.device == rejected.device == device and len(chosen) == len(rejected) == len(batch.pair_S) / 2
+
+
+def test_sides_are_those_of_the_same_pair_and_may_be_none() -> None:
+    units = items(DPO.needs, sequences(6), VOCAB)
+    P = len(units)
+    samples = [unit[n] for n in (1, 0) for unit in units] + [dataclasses.replace(side, pair=None) for side in units[0]]
+    batch = to_device(batch_of(samples), torch.device("cpu"))
+    chosen, rejected = sides(batch)
+    assert sorted(chosen.tolist()) == list(range(P, 2 * P)) and torch.equal(rejected, chosen - P)
+    plain = to_device(batch_of(samples[2 * P :]), torch.device("cpu"))
+    assert [len(side) for side in sides(plain)] == [0, 0]
 
 
 # ---------------------------------------------------------------- Kimi

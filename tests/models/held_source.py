@@ -72,6 +72,13 @@ class Held:
         self.largest = max(self.largest, part.numel())
         return part.clone()
 
+    def read_into(self, target: torch.Tensor, name: str, rows: slice | None = None) -> None:
+        assert target.dtype == self.plain[name].dtype and target.is_contiguous(), "a tensor of the stored type"
+        part = self.plain[name][rows] if rows is not None else self.plain[name]
+        assert target.shape == part.shape
+        target.copy_(part)
+        self.bytes[name] += part.numel() * part.element_size()
+
     def packed(self, name: str, rows: slice | None = None, columns: slice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         codes, scales = self.codes[name]
         tall, wide, codes_wide = (1, int4.GROUP, int4.PER_WORD) if self.format == "int4_group" else (fp8.BLOCK, fp8.BLOCK, 1)

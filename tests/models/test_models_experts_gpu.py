@@ -9,7 +9,7 @@ from model_samples import K2, logits, make, pack, relative
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from k2lab.core.errors import RecipeError
-from k2lab.models import experts_gpu
+from k2lab.models import experts_gpu, slower
 from k2lab.models.experts import DenseSwiGLU, ExpertsSwiGLU
 from k2lab.models.router import BINS, needed_biases, track_quantiles, update_router_bias
 
@@ -232,5 +232,6 @@ def test_other_widths_and_types_say_that_they_are_slower() -> None:
     x, gate_up, down = torch.zeros(4, 72).cuda(), torch.zeros(2, 48, 72).cuda(), torch.zeros(2, 72, 24).cuda()
     assert "bfloat16" in str(experts_gpu.obstacle(x, gate_up, down))
     assert experts_gpu.obstacle(x.cpu(), gate_up, down) is not None
-    with pytest.warns(UserWarning, match="slower"):
-        experts_gpu.say_slower("a slower path, for this test")
+    slower.say.cache_clear()
+    with pytest.warns(UserWarning, match="72 and 24 are not both multiples of 128.*slower|written for Hopper.*slower"):
+        assert not experts_gpu.fast(x, down)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from model_samples import K2, LINEAR, alone, gradient_errors, logits, make, pack, relative
 
 from k2lab import specs
+from k2lab.core.types import Batch
+from k2lab.engine.objectives.dpo import DPO
 from k2lab.engine.objectives.lm import LM
 from k2lab.engine.step import forward_backward, to_device
 from k2lab.models.losses import linear_cross_entropy
@@ -125,14 +128,26 @@ def test_a_document_in_a_bf16_pack_does_not_see_its_neighbours(name: str) -> Non
     assert float(grad[317:829].abs().amax()) > 0
 
 
+def in_pairs(batch: Batch) -> Batch:
+    """Neighbours are a pair; a last document without a neighbour is none."""
+    S, zero_T = len(batch.starts_S1) - 1, np.zeros(len(batch.tokens_T), np.float32)
+    pair_S, sign_S = np.arange(S) // 2, np.where(np.arange(S) % 2, -1.0, 1.0).astype(np.float32)
+    if S % 2:
+        pair_S[-1], sign_S[-1] = -1, 0
+    return replace(batch, pair_S=pair_S, sign_S=sign_S, streams_T={"ref_logprobs": zero_T})
+
+
+@pytest.mark.parametrize("objective", [LM(), DPO(sft_weight=0.5)], ids=["lm", "dpo"])
 @pytest.mark.parametrize("name", WIDE)
-def test_micro_batches_run_without_waiting_for_the_device(name: str) -> None:
+def test_micro_batches_run_without_waiting_for_the_device(name: str, objective: LM | DPO) -> None:
     model = make(WIDE[name]).to("cuda", torch.bfloat16).train()
     model.capture_max_logits(100.0)
-    batches = [pack(lengths, vocab=512, numpy=True) for lengths in (DOCUMENTS, (512, 300, 64, 130, 17, 1), (200, 800, 24))]
+    lengths = (DOCUMENTS, (512, 300, 64, 130, 17, 1), (200, 800, 24))
+    batches = [in_pairs(pack(each, vocab=512, numpy=True)) for each in lengths]
 
-    def micro(batch: object) -> None:
-        (LM().sums(model, to_device(batch, model.device))["lm"] / 1000).backward()
+    def micro(batch: Batch) -> None:
+        sums = objective.sums(model, to_device(batch, model.device))
+        (sum(sums[term] for term in ("lm", "dpo") if term in sums) / 1000).backward()
 
     for batch in batches[:2]:  # compiles and plans
         micro(batch)

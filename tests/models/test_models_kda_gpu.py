@@ -11,11 +11,12 @@ import pytest
 import torch
 from model_samples import LINEAR, make, relative
 
-from k2lab.models import _kda_choices, conv_gpu, kda_gpu
+from k2lab.models import conv_gpu, kda_gpu, slower
 from k2lab.models.conv import ShortConv, short_conv
 from k2lab.models.delta import WORK_ROWS, FastKDA
 from k2lab.models.kda import chunk_kda, decay_gate, recurrent_kda
 from k2lab.models.kda_segments import Cost, plan
+from k2lab.models.kernels import kda_choices
 from k2lab.models.pack import Pack
 
 LENGTHS = (70, 5, 1, 300, 2, 3, 64, 200)
@@ -114,7 +115,7 @@ def tuner_of(keys: list[str], kwargs: dict[str, int]) -> SimpleNamespace:
 
 def test_choices_hold_for_any_number_of_heads_but_not_for_another_width() -> None:
     tuner = tuner_of(["H", "K", "BT", "BV"], {"BV": 64})
-    table = _kda_choices.Table(tuner, {(128, 64, "torch.bfloat16"): "chosen"})
+    table = kda_choices.Table(tuner, {(128, 64, "torch.bfloat16"): "chosen"})
     key = (32, 128, 64, "torch.bfloat16", "torch.float32")
     assert key in table and table[key] == "chosen"
     assert (16, 128, 64, "torch.bfloat16") in table
@@ -124,23 +125,24 @@ def test_choices_hold_for_any_number_of_heads_but_not_for_another_width() -> Non
 
 
 def test_shipped_choices_are_complete() -> None:
-    files = sorted(_kda_choices.FOLDER.glob("*.json"))
+    files = sorted(kda_choices.FOLDER.glob("*.json"))
     assert files
     for path in files:
         stored = json.loads(path.read_text())
-        assert path == _kda_choices._file(stored["device"])
-        assert stored["format"] == _kda_choices.FORMAT and stored["fla"].startswith(kda_gpu.VERSIONS) and stored["triton"]
+        assert path == kda_choices._file(stored["device"])
+        assert stored["format"] == kda_choices.FORMAT and stored["fla"].startswith(kda_gpu.VERSIONS) and stored["triton"]
         for rows in stored["kernels"].values():
             assert all(row["num_warps"] >= 1 and row["dtype"].startswith("torch.") for row in rows)
 
 
 def test_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    slower.say.cache_clear()
     monkeypatch.setitem(sys.modules, "fla.ops.kda.chunk_bwd", None)
     with pytest.warns(UserWarning, match=r"slower path.*k2lab\[gpu\]"):
         assert kda_gpu.kernels.__wrapped__() is None
-    monkeypatch.setitem(sys.modules, "k2lab.models._kda_triton", None)
-    monkeypatch.delattr("k2lab.models._kda_triton", raising=False)
-    with pytest.warns(UserWarning, match="triton cannot be imported"):
+    monkeypatch.setitem(sys.modules, "k2lab.models.kernels.kda_triton", None)
+    monkeypatch.delattr("k2lab.models.kernels.kda_triton", raising=False)
+    with pytest.warns(UserWarning, match="triton cannot be used.*slower path"):
         assert conv_gpu.kernels.__wrapped__() is None
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from k2lab.models import losses, losses_gpu, norm
+from k2lab.models import losses, losses_gpu, norm, slower
 from k2lab.models._distribution import LinearLogprobs, LinearTopkKL
 
 T, D, W, K = 300, 16, 83, 5
@@ -165,7 +165,7 @@ def test_pieces_fill_half_a_gigabyte_unless_more_is_asked_for(monkeypatch: pytes
 
 @pytest.mark.parametrize("room", [losses_gpu, norm], ids=["losses", "norms"])
 def test_a_type_that_no_kernel_takes_is_said_once(room, recwarn: pytest.WarningsRecorder) -> None:
-    room._say.cache_clear()
+    slower.say.cache_clear()
     half = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float16, shape=(3, 8))
     assert not room.takes(half, half) and not room.takes(half, half)
     assert [("float16" in str(each.message), "slower path" in str(each.message)) for each in recwarn.list] == [(True, True)]
@@ -193,7 +193,7 @@ def test_cuda_tensors_come_here_and_half_precision_sums_in_fp32(device: str, mon
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("held, width", [(True, 61), (True, 5003), (False, 5003), (False, 70001)])
 def test_kernels_on_ragged_widths(device: str, held: bool, width: int) -> None:
-    from k2lab.models import _losses_triton
+    from k2lab.models.kernels import losses_triton
 
     rows = 40
     room = torch.randn(rows, width + 9 - width % 2, device=device).mul(3)
@@ -209,17 +209,17 @@ def test_kernels_on_ragged_widths(device: str, held: bool, width: int) -> None:
     want *= weights.unsqueeze(1)
     loss = F.cross_entropy(exact, targets, reduction="none") * (weights != 0)
     sums = torch.empty(rows, device=device)
-    _losses_triton.log_sum_exp(logits, sums)
+    losses_triton.log_sum_exp(logits, sums)
     close((sums,), (exact.logsumexp(-1).cpu(),))
     apart = (torch.full_like(logits, torch.nan), torch.full_like(logits, torch.nan).bfloat16())
     for out in (*apart, room.view(torch.bfloat16)[:, :width], logits):  # apart, then in the logits' memory
         logits.copy_(exact)
-        _losses_triton.cross_entropy(logits, out, targets, weights, nll, **kwargs)
+        losses_triton.cross_entropy(logits, out, targets, weights, nll, **kwargs)
         close((nll,), (loss.cpu(),))
         close((out,), (want.cpu(),), 5e-3 if out.dtype == torch.bfloat16 else 1e-5)
         logits.copy_(exact)
         shift, scale = exact.logsumexp(-1).float(), torch.linspace(0, 1, rows, device=device)
-        _losses_triton.two_softmaxes(logits, out, (shift, scale), (shift + 1, scale), **({} if held else {"tile": 2048}))
+        losses_triton.two_softmaxes(logits, out, (shift, scale), (shift + 1, scale), **({} if held else {"tile": 2048}))
         both = exact.softmax(-1) * scale.unsqueeze(1) * (1 - math.exp(-1))
         close((out,), (both.cpu(),), 5e-3 if out.dtype == torch.bfloat16 else 1e-5)
 

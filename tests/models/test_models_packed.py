@@ -132,13 +132,22 @@ def test_low_rank_terms_and_their_gradients_are_those_of_merged_weights() -> Non
     assert not leaves["gate_A"].grad[3].any()
 
 
-def test_frozen_dense_experts_are_the_trainable_ones() -> None:
-    p = parts()
-    x = p["x"].clone().requires_grad_()
-    out = packed.frozen_experts(x, p["chosen"], p["weights"], packed.Dense(p["gate_up"], p["down"]), None)
-    twin = p["x"].clone().requires_grad_()
-    want = ExpertsSwiGLU.apply(twin, p["chosen"], p["weights"], p["gate_up"], p["down"])
+@pytest.mark.parametrize("trained", [("x",), ("gate_up",), ("x", "down"), ("weights", "gate_up", "down")])
+def test_frozen_dense_experts_are_the_trainable_ones(trained: tuple[str, ...]) -> None:
+    """Gradients are those of the case in which everything is trained, and made for what wants one only."""
+    p, names = parts(), ("x", "weights", "gate_up", "down")
+
+    def run(wanted: tuple[str, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        leaves = {name: p[name].clone().requires_grad_(name in wanted) for name in names}
+        if set(wanted) & {"gate_up", "down"}:
+            out = ExpertsSwiGLU.apply(leaves["x"], p["chosen"], leaves["weights"], leaves["gate_up"], leaves["down"])
+        else:
+            base = packed.Dense(leaves["gate_up"], leaves["down"])
+            out = packed.frozen_experts(leaves["x"], p["chosen"], leaves["weights"], base, None)
+        out.square().sum().backward()
+        return out, {name: leaf.grad for name, leaf in leaves.items()}
+
+    (out, grads), (want, all_grads) = run(trained), run(names)
     assert torch.equal(out, want)
-    out.sum().backward()
-    want.sum().backward()
-    assert torch.equal(x.grad, twin.grad)
+    for name in names:
+        assert torch.equal(grads[name], all_grads[name]) if name in trained else grads[name] is None

@@ -9,7 +9,7 @@ from model_samples import relative
 from k2lab.models import experts_gpu, packed_gpu, qat
 from k2lab.models.experts import ExpertsSwiGLU
 from k2lab.models.gemm import adding_weight_gradients
-from k2lab.models.packed import Dense, ExpertLoRA, FrozenExperts, Packed
+from k2lab.models.packed import Dense, ExpertLoRA, Packed, frozen_experts
 from k2lab.quant import int4
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -51,7 +51,8 @@ def on_gpu(base, x, weights, factors, grad) -> list[torch.Tensor]:
 
 def on_cpu(gate_up, down, x, weights, factors, grad) -> list[torch.Tensor]:
     leaves = [t.detach().float().requires_grad_() for t in (x, weights, *factors)]
-    out = FrozenExperts.apply(leaves[0], choices(), leaves[1], Dense(gate_up.float(), down.float()), SCALE, *leaves[2:])
+    base, lora = Dense(gate_up.float(), down.float()), ExpertLoRA(*leaves[2:], SCALE) if leaves[2:] else None
+    out = frozen_experts(leaves[0], choices(), leaves[1], base, lora)
     return [out, *torch.autograd.grad(out, leaves, grad.float())]
 
 

@@ -8,20 +8,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+from k2lab.core.events import read
+
 SENTENCE = "the model reads text and learns which token comes next while experts share the work of each layer in turn"
 WORDS = SENTENCE.split(" ")
 
-RECIPE = """
-model = {{ spec = "{spec}", vocab_size = 320, hidden_size = 128, intermediate_size = 128 }}
-seed = 3
-description = "a run of seconds for tests"
-
+INSTRUCTIONS = """
 [[stage]]
 name = "instructions"
 type = "corpus"
 sources = [{{ type = "jsonl", path = "{folder}/chats.jsonl", kind = "instruction" }}]
 valid_share = 0.2
+"""
 
+RECIPE = (
+    """
+model = {{ spec = "{spec}", vocab_size = 320, hidden_size = 128, intermediate_size = 128 }}
+seed = 3
+description = "a run of seconds for tests"
+"""
+    + INSTRUCTIONS
+    + """
 [[stage]]
 type = "corpus"
 sources = [{{ type = "jsonl", path = "{folder}/texts.jsonl" }}]
@@ -60,6 +67,7 @@ valid_every = 4
 valid_tokens = 512
 checkpoint_every = 2
 """
+)
 
 EVALUATE = """
 [[stage]]
@@ -113,6 +121,17 @@ def k2(
 def environment(**more: str) -> dict[str, str]:
     """The test's environment with one thread per process."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random", **more}
+
+
+def stage_of(run_dir: Path, name: str) -> Path:
+    """The directory of a stage that is done."""
+    return next(path for path in (run_dir / "stages").glob(f"{name}-*") if not path.name.endswith(".partial"))
+
+
+def losses(run_dir: Path, stage: str) -> list[float]:
+    """Cross-entropy of each step of a stage."""
+    steps = (event for event in read(run_dir / "events") if event["kind"] == "step" and event["stage"] == stage)
+    return [event["losses"]["lm"] for event in steps]
 
 
 def weights_of(run_dir: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_run import k2
+from small_run import k2, stage_of
 
 from k2lab import runner
 from k2lab.ckpt.folder import open_folder
@@ -20,10 +20,6 @@ from k2lab.stages._asking import rendered_answer
 from k2lab.stages._teacher import Teacher
 from k2lab.text import tokenizer as text_tokenizer
 from k2lab.text.chat import render
-
-
-def stage_of(run_dir, name):
-    return next((run_dir / "stages").glob(f"{name}-*"))
 
 
 def records(folder):

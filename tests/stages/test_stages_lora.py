@@ -13,54 +13,18 @@ import pytest
 import torch
 from made_up_checkpoints import make
 from safetensors.torch import load_file
-from small_run import k2, weights_of, write
+from small_lora import AGAIN, LORA, recipe
+from small_run import k2, losses, stage_of, weights_of, write
 from test_stages_kill import start
 from test_stages_life_kill import wait_for
 
 from k2lab.ckpt.folder import open_folder
 from k2lab.ckpt.peft import Adapter
 from k2lab.core.errors import CheckpointError, RecipeError
-from k2lab.core.events import read
 from k2lab.core.recipe import load
 from k2lab.models import build, lora, packed
 from k2lab.quant import int4
 from k2lab.stages._models import load_model
-
-LORA = '{ rank = 4, alpha = 8.0, experts = "packed", merge = false }'
-SFT = """
-model = "tiny-k2"
-seed = 3
-
-[[stage]]
-name = "instructions"
-type = "corpus"
-sources = [{{ type = "jsonl", path = "{folder}/chats.jsonl", kind = "instruction" }}]
-valid_share = 0.2
-
-[[stage]]
-type = "sft"
-start = "{base}"
-data = "instructions"
-steps = 12
-seq_len = 192
-global_batch = 4
-per_device_batch = 2
-optim = {{ type = "adamw", lr = 1e-2, weight_decay = 0.0 }}
-valid_every = 6
-valid_tokens = 512
-checkpoint_every = 3
-lora = {lora}
-"""
-
-
-def stage_of(run_dir: Path, name: str) -> Path:
-    return next(path for path in (run_dir / "stages").glob(f"{name}-*") if not path.name.endswith(".partial"))
-
-
-def recipe(folder: Path, base: Path, table: str = LORA, more: str = "") -> Path:
-    path = folder / "lora.toml"
-    path.write_text(SFT.format(folder=folder, base=base, lora=table) + more)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -69,47 +33,8 @@ def run(tmp_path_factory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("lora")
     write(folder)
     base = make(folder / "base", "small-k2", "int4")
-    more = f"""
-[[stage]]
-name = "again"
-type = "sft"
-start = "sft"
-data = "instructions"
-steps = 2
-seq_len = 192
-global_batch = 4
-per_device_batch = 2
-optim = {{ type = "adamw", lr = 1e-3 }}
-valid_every = 0
-lora = {LORA}
-
-[[stage]]
-name = "full"
-type = "sft"
-start = "again"
-data = "instructions"
-steps = 1
-seq_len = 192
-global_batch = 4
-per_device_batch = 2
-optim = {{ type = "adamw", lr = 1e-9 }}
-valid_every = 0
-router_bias_rate = 0.0
-
-[[stage]]
-type = "evaluate"
-models = ["sft", "again", "full"]
-instructions = "instructions"
-prompts = ["Say model 3"]
-max_tokens = 6
-seq_len = 192
-"""
-    k2("run", str(recipe(folder, base, more=more)), "--run-dir", str(folder / "run"), "--quiet")
+    k2("run", str(recipe(folder, base, more=AGAIN.format(lora=LORA))), "--run-dir", str(folder / "run"), "--quiet")
     return folder, base, folder / "run"
-
-
-def losses(run_dir: Path, stage: str) -> list[float]:
-    return [event["losses"]["lm"] for event in read(run_dir / "events") if event["kind"] == "step" and event["stage"] == stage]
 
 
 def test_the_loss_goes_down_and_the_artifact_is_an_adapter(run) -> None:

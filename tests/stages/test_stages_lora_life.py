@@ -4,14 +4,12 @@ processes; and on a checkpoint of quantisation-aware training."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from made_up_checkpoints import make, spec_of
-from small_life import REWARD
-from small_run import WORDS, k2, write
-from test_stages_lora import LORA, losses, recipe, stage_of
+from small_lora import LORA, recipe, write_lora_life
+from small_run import k2, losses, stage_of, write
 from test_stages_torchrun import torchrun
 
 from k2lab.ckpt.folder import open_folder
@@ -20,77 +18,11 @@ from k2lab.core.events import read
 from k2lab.models import build
 from k2lab.stages._models import load_model
 
-LIFE = """
-[[stage]]
-name = "pairs"
-type = "corpus"
-sources = [{{ type = "jsonl", path = "{folder}/pairs.jsonl", kind = "preference" }}]
-valid_share = 0.25
-
-[[stage]]
-name = "tasks"
-type = "corpus"
-sources = [{{ type = "jsonl", path = "{folder}/tasks.jsonl", kind = "task" }}]
-valid_share = 0.25
-
-[[stage]]
-type = "dpo"
-start = "sft"
-data = "pairs"
-steps = 4
-seq_len = 256
-global_batch = 4
-per_device_batch = 2
-optim = {{ type = "adamw", lr = 1e-2 }}
-valid_every = 4
-valid_tokens = 512
-lora = {lora}
-
-[[stage]]
-type = "rl"
-start = "dpo"
-tasks = "tasks"
-pass_samples = 0
-steps = 2
-group_size = 4
-tasks_per_step = 4
-max_tokens = 8
-seq_len = 192
-optim = {{ type = "adamw", lr = 1e-2 }}
-lora = {lora}
-
-[[stage]]
-type = "distill"
-start = "rl"
-data = "instructions"
-kl_weight = 0.0
-steps = 2
-seq_len = 192
-global_batch = 4
-per_device_batch = 2
-optim = {{ type = "adamw", lr = 1e-3 }}
-valid_every = 0
-lora = {merged}
-"""
-
-
-def write_life(folder: Path, base: Path) -> Path:
-    write(folder)
-    (folder / "even.py").write_text(REWARD)
-    with (folder / "pairs.jsonl").open("w") as pairs, (folder / "tasks.jsonl").open("w") as tasks:
-        for i in range(40):
-            word = WORDS[i % len(WORDS)]
-            print(json.dumps({"prompt": f"Say {word} {i}", "chosen": f"{word} {i}", "rejected": f"no {i}"}), file=pairs)
-            row = {"prompt": f"Say {word} {i}", "answer": word, "rewards": [f"{folder}/even.py"], "domain": "say"}
-            print(json.dumps(row), file=tasks)
-    merged = LORA.replace("false", "true").replace("packed", "dense")
-    return recipe(folder, base, more=LIFE.format(folder=folder, lora=LORA, merged=merged))
-
 
 @pytest.mark.slow
 def test_one_adapter_goes_through_every_kind_of_training(tmp_path) -> None:
     base = make(tmp_path / "base", spec_of("small-k2").replace(vocab_size=320), "int4")  # all ids are tokens: it samples
-    k2("run", str(write_life(tmp_path, base)), "--run-dir", str(tmp_path / "run"), "--quiet")
+    k2("run", str(write_lora_life(tmp_path, base)), "--run-dir", str(tmp_path / "run"), "--quiet")
     run_dir = tmp_path / "run"
     folders = {name: stage_of(run_dir, name) for name in ("sft", "dpo", "rl", "distill")}
     adapters = [Adapter.open(folders[name]) for name in ("sft", "dpo", "rl")]

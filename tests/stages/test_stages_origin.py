@@ -5,24 +5,21 @@ from __future__ import annotations
 import made_up_checkpoints as made
 import pytest
 import torch
-from small_run import k2, write
+from small_run import INSTRUCTIONS, k2, write
 
 from k2lab.ckpt import origin
 from k2lab.ckpt.folder import open_folder
 from k2lab.ckpt.safefile import SafeFile, Writer
 from k2lab.quant import int4
 
-RECIPE = """
+RECIPE = (
+    """
 model = {{ spec = "tiny-k2" }}
 seed = 3
 description = "adapters on the attention of a packed checkpoint"
-
-[[stage]]
-name = "instructions"
-type = "corpus"
-sources = [{{ type = "jsonl", path = "{data}/chats.jsonl", kind = "instruction" }}]
-valid_share = 0.2
-
+"""
+    + INSTRUCTIONS
+    + """
 [[stage]]
 type = "sft"
 start = "{start}"
@@ -35,6 +32,7 @@ valid_every = 0
 precision = "{precision}"
 lora = {{ rank = 4, alpha = 8.0, targets = ["attention"] }}
 """
+)
 
 
 def odd_scales(folder) -> None:
@@ -61,7 +59,7 @@ def test_experts_that_an_adapter_left_alone_keep_their_bytes(tmp_path, precision
     released = made.make(tmp_path / "released", "small-k2", "int4")
     odd_scales(released)
     recipe = tmp_path / "lora.toml"
-    recipe.write_text(RECIPE.format(data=tmp_path / "data", start=released, precision=precision))
+    recipe.write_text(RECIPE.format(folder=tmp_path / "data", start=released, precision=precision))
     k2("run", str(recipe), "--run-dir", str(tmp_path / "run"), "--quiet", "--device", "cpu")
     (trained,) = (tmp_path / "run" / "stages").glob("sft-*")
     assert origin.read(trained) == origin.Origin(str(released), "int4_group")

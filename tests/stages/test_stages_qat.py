@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import k2, write
+from small_run import k2, stage_of, write
 
 from k2lab.ckpt.folder import open_folder
 from k2lab.models import build, qat
 from k2lab.quant import int4
-
-
-def folder_of(run: Path, stage: str) -> Path:
-    (found,) = (run / "stages").glob(f"{stage}-*")
-    return found
 
 
 @pytest.mark.slow
@@ -26,7 +21,7 @@ def test_a_run_with_qat_saves_what_it_multiplied_by(tmp_path: Path) -> None:
     k2("run", str(recipe), "--run-dir", str(tmp_path / "run"), "--quiet", "stage.pretrain.qat=int4", *short)
     last = {}
     for stage in ("pretrain", "sft"):  # the second says nothing of qat: it goes on as its start was trained
-        folder = folder_of(tmp_path / "run", stage)
+        folder = stage_of(tmp_path / "run", stage)
         config = json.loads((folder / "config.json").read_text())
         assert config["k2_qat"] == {"format": "int4_group", "group_size": 32}
         model = build.load(open_folder(folder))

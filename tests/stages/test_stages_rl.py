@@ -10,7 +10,7 @@ from pathlib import Path
 import forked
 import pytest
 from small_life import REWARD
-from small_run import WORDS, k2, weights_of, write
+from small_run import WORDS, k2, stage_of, weights_of, write
 from test_stages_kill import start, wait_for
 from test_stages_torchrun import torchrun
 
@@ -66,10 +66,6 @@ def write_rl(folder: Path, spec: str = "tiny-k2", reward: str = REWARD) -> Path:
     short = recipe.read_text().replace("steps = 12", "steps = 4").replace("steps = 8", "steps = 3")
     recipe.write_text(short + RL.format(folder=folder), encoding="utf-8")
     return recipe
-
-
-def stage_of(run_dir: Path, name: str) -> Path:
-    return next((run_dir / "stages").glob(f"{name}-*"))
 
 
 def steps_of(run_dir: Path) -> list[dict]:

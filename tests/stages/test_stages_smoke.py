@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_run import EVALUATE, k2, write
+from small_run import EVALUATE, k2, stage_of, write
 
 from k2lab.core import artifacts
 from k2lab.core.recipe import load
@@ -22,10 +22,6 @@ def finished(request, tmp_path_factory):
     recipe.write_text(recipe.read_text().replace("steps = 12", "steps = 4").replace("steps = 8", "steps = 3") + EVALUATE)
     done = k2("run", str(recipe), "--run-dir", str(folder / "run"))
     return folder / "run", done
-
-
-def stage_of(run_dir, name):
-    return next((run_dir / "stages").glob(f"{name}-*"))
 
 
 def test_all_stage_types_are_run_here(finished):

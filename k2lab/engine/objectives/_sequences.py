@@ -30,14 +30,19 @@ def spread(values_S: torch.Tensor, starts_S1: torch.Tensor, size: int) -> torch.
     return torch.repeat_interleave(values_S, starts_S1.diff(), output_size=size)
 
 
+# ---------------------------------------------------------------- pairs and counts, on the host
+
+
 def sides(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sequences that are chosen sides [P], the rejected side of the same pair of each [P])."""
-    by_pair_S = torch.argsort(batch.pair_S, stable=True)
-    sign_S = batch.sign_S[by_pair_S]
-    return by_pair_S[sign_S > 0], by_pair_S[sign_S < 0]
-
-
-# ---------------------------------------------------------------- counts, on the host
+    """(sequences that are chosen sides [P], the rejected side of the same pair of each [P]), on the batch's device, which is not
+    waited for: how many there are is known on the host, where `to_device` leaves `pair_S` and `sign_S`."""
+    by_pair_S = np.argsort(batch.pair_S, kind="stable")
+    sign_S, device = batch.sign_S[by_pair_S], batch.starts_S1.device
+    both_2P = torch.from_numpy(np.stack([by_pair_S[sign_S > 0], by_pair_S[sign_S < 0]]))
+    if device.type == "cuda":
+        both_2P = both_2P.pin_memory()
+    chosen_P, rejected_P = both_2P.to(device, non_blocking=True)
+    return chosen_P, rejected_P
 
 
 def tokens_where(batch: Batch, mask_T: np.ndarray) -> int:

@@ -58,6 +58,6 @@ def maxima(
     bound_H = lse_HT.amax(1)
     if tau is None:
         return bound_H
-    from k2lab.models import _attention_triton
+    from k2lab.models.kernels import attention_triton
 
-    return _attention_triton.maxima(q_THC, k_THC, bound_H, scale, ragged, tau)
+    return attention_triton.maxima(q_THC, k_THC, bound_H, scale, ragged, tau)

@@ -1,6 +1,6 @@
 """Products with frozen experts on Hopper: weights in bf16 or INT4 codes, and a low-rank term in the same sum (Gluon).
 
-Built as `_experts_gluon`: a persistent program walks over tiles of 128 x 256, eight warps multiply, the others fill a ring of
+Built as `experts_gluon`: a persistent program walks over tiles of 128 x 256, eight warps multiply, the others fill a ring of
 shared memory. The low-rank term is P more summed-over columns: rows of `low` [R, P] times `factors`, so it costs P / C of the
 product. INT4 codes are read as they lie, decoded in registers to bf16(code x scale) by four warps while the others multiply, and
 written where TMA would have put bf16 weights: no decoded matrix is ever in device memory. A row's 32 weights of one scale are
@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from k2lab.models._experts_gluon import _halves, _send, _swiglu
+from k2lab.models.kernels.experts_gluon import _halves, _send, _swiglu
 
 # What is multiplied. Weights are of the row's expert; PAIR gives columns of gate and of up side by side in one tile.
 NT = gl.constexpr(0)  # out[r] = weights [E, W, C] a[r] + factors [E, W, P] low[r]

@@ -1,7 +1,7 @@
 """Tuned kernel choices for flash-linear-attention's KDA: shipped per device, so that a fresh machine need not search.
 
 The library tries every configuration of every kernel when it meets new shapes; on one H100 that took almost five minutes. Triton
-keeps what it found in its own cache directory, which a fresh machine does not have. A file of `_kda_cache/` holds the winners of
+keeps what it found in its own cache directory, which a fresh machine does not have. A file of `kda_cache/` holds the winners of
 one device with one version of triton and of the library; number of heads and of tokens do not enter, head widths and dtype do.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 FORMAT = 1
-FOLDER = Path(__file__).parent / "_kda_cache"
+FOLDER = Path(__file__).parent / "kda_cache"
 MODULES = (
     "fla.ops.kda.chunk_fwd",
     "fla.ops.kda.chunk_bwd",
@@ -116,7 +116,7 @@ def prime(path: Path | None = None) -> bool:
 
 
 def record() -> dict[str, Any]:
-    """What the tuners chose so far in this process, in the form of a file of `_kda_cache/`."""
+    """What the tuners chose so far in this process, in the form of a file of `kda_cache/`."""
     kernels: dict[str, list[dict[str, Any]]] = {}
     for name, tuner in sorted(tuners().items()):
         rows = {}
