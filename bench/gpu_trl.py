@@ -3,9 +3,10 @@
 TRL: SFTTrainer on transformers' model in bf16, fused AdamW, its grouped experts and chunked loss, rows of full length that are
 tokenised already, no gradient checkpointing (its default would be slower; the memory is there). Ours: MuonClip with fp32 masters,
 clipping, router bias and metrics; with `--optimizers muonclip,adamw` also AdamW with masters. Both sides take `--accumulate`
-micro-batches per optimizer step.
+micro-batches of `--rows` per optimizer step; with `--our-rows` ours packs the same tokens into larger micro-batches (TRL's 8 rows
+of 4,096 take 63 GB: it has no room for them).
 
-    python bench/gpu_trl.py [--rows 8] [--accumulate 8] [--steps 3] [--sides ours,trl]
+    python bench/gpu_trl.py [--rows 8] [--accumulate 8] [--steps 3] [--sides ours,trl] [--our-rows 8,16]
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -50,7 +52,7 @@ def our_step(spec: ModelSpec, given: list[Feed], options: argparse.Namespace, na
         step(batches)
     reset_peak(options.device)
     seconds = timed([partial(step, batches) for _ in range(options.steps)], options.device)
-    return report(f"ours, {name}", sum(seconds) / len(seconds), spec, given, options, step.said)
+    return report(f"ours, {name}", sum(seconds) / len(seconds), spec, given, options, f"{len(given)} micro-batches, {step.said}")
 
 
 def tokenizer(vocab: int) -> Any:
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--sides", default="ours,trl")
     parser.add_argument("--optimizers", default="muonclip", help="of our side: muonclip, adamw")
     parser.add_argument("--rows", type=int, default=8, help="of a micro-batch")
+    parser.add_argument("--our-rows", default="", help="of our micro-batches, one or several numbers; as --rows if not given")
     parser.add_argument("--row", type=int, default=4096)
     parser.add_argument("--accumulate", type=int, default=8, help="micro-batches per optimizer step")
     parser.add_argument("--steps", type=int, default=3)
@@ -132,13 +135,18 @@ def main() -> None:
         f"{spec.name}, {spec.total():,} parameters, {options.accumulate} micro-batches of {options.rows} x {options.row:,}",
         flush=True,
     )
-    given = feeds("a", options.accumulate, options.rows * options.row, options.row, spec.vocab_size)
+    sides: dict[str, tuple[int, Callable[..., float]]] = {}
+    for rows in (int(text) for text in (options.our_rows or str(options.rows)).split(",")):
+        if options.accumulate * options.rows % rows:
+            parser.error(f"{options.accumulate * options.rows} rows of a step are no whole micro-batches of {rows}")
+        sides |= {f"ours, {name}, {rows} rows": (rows, partial(our_step, name=name)) for name in options.optimizers.split(",")}
+    sides["trl"] = options.rows, trl_step
     found: dict[str, float] = {}
-    sides = {f"ours, {name}": partial(our_step, name=name) for name in options.optimizers.split(",")} | {"trl": trl_step}
-    for name, side in sides.items():
+    for name, (rows, side) in sides.items():
         if name.split(",")[0] not in options.sides.split(","):
             continue
         forget()
+        given = feeds("a", options.accumulate * options.rows // rows, rows * options.row, options.row, spec.vocab_size)
         try:
             found[name] = side(spec, given, options)
         except Exception:

@@ -18,5 +18,5 @@ def check_batch(global_batch: int, per_device_batch: int, world: int, where: str
             f"global_batch = {global_batch} rows cannot be dealt to {world} rank(s) in micro-batches of {per_device_batch} rows",
             where=where,
             allowed=f"a multiple of {unit} (= {world} x {per_device_batch})",
-            next=f"Set global_batch to {lower or upper} or {upper}, or change per_device_batch",
+            next=f"Set global_batch to {f'{lower} or ' if lower else ''}{upper}, or change per_device_batch",
         )

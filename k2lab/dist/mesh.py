@@ -26,8 +26,9 @@ def init(device: str = "auto") -> tuple[int, int, torch.device]:
         return 0, 1, where
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
-        # Long: other ranks wait at a barrier while rank 0 alone prepares data.
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+        # Long: other ranks wait at a barrier while rank 0 alone prepares data. NCCL is told the device, else it guesses by rank.
+        device_id = where if where.type == "cuda" else None
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12), device_id=device_id)
     return dist.get_rank(), dist.get_world_size(), where
 
 
