@@ -30,8 +30,9 @@ _CHUNK = 16 << 20
 @dataclass
 class Tensor:
     """How one tensor differs. `state`: "bytes" (stored alike), "bits" (stored otherwise, same values bit for bit), "values"
-    (equal but for signs of zero), "differs", or "shape". `ulps` the largest distance in bf16 steps, -1 if a value is not finite;
-    `max_abs` and `rms` of the difference, the latter relative to the rms of A; `unequal` values out of `count`.
+    (equal but for signs of zero), "differs", or "shape". `unequal` values out of `count`; `ulps` the largest distance in bf16
+    steps, -1 if a value that differs is not finite; `max_abs` and `rms` of the difference, the latter relative to the rms of A.
+    Equal bits are equal values, NaN too.
 
     `grid` says whose: "A" or "B", or "" if neither or both are quantised; `on_grid` the share of the other's values on it.
     `codes` stored codes that differ, and `scales` likewise: from those of the other, or from what the grid function gives to the
@@ -93,21 +94,29 @@ class Report:
         return sorted(odd, key=lambda t: (t.state != "shape", t.ulps != -1, -t.ulps, -t.max_abs))[:number]
 
     def json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """Everything, for programs: infinite distances are null, and `max_ulps` is -1 if a value that differs is not finite."""
+        ulps = [tensor.ulps for tensor in self.tensors]
         return {
             "equal": self.equal(),
             "formats": list(self.formats),
             "states": self.states(),
-            "max_ulps": max((t.ulps for t in self.tensors), default=0),
-            "max_abs": max((t.max_abs for t in self.tensors), default=0.0),
+            "max_ulps": -1 if -1 in ulps else max(ulps, default=0),
+            "max_abs": _finite(max((t.max_abs for t in self.tensors), default=0.0)),
             "codes": self.codes(),
             "on_grid": self.on_grid(),
             "only_a": self.only_a,
             "only_b": self.only_b,
             "config": self.config,
             "files": self.files,
-            "tensors": [dataclasses.asdict(tensor) for tensor in self.tensors],
+            "tensors": [
+                dataclasses.asdict(tensor) | {"max_abs": _finite(tensor.max_abs), "rms": _finite(tensor.rms)}
+                for tensor in self.tensors
+            ],
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def compare(a: Path | str, b: Path | str, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
@@ -207,17 +216,19 @@ def _values(found: Tensor, one: Any, other: Any, name: str, infos: tuple[Any, An
         if grid is not None:
             on_grid += grid.see(found, (one, other), name, rows, (left, right))
         a, b = left.float(), right.float()
-        bits = bits and torch.equal(a.view(torch.int32), b.view(torch.int32))
-        found.unequal += int((a != b).sum())
-        steps = (_ordinal(a) - _ordinal(b)).abs_()
-        finite = bool(a.isfinite().all()) and bool(b.isfinite().all())
-        found.ulps = max(found.ulps, int(steps.max())) if finite and found.ulps >= 0 and steps.numel() else found.ulps
-        if not finite:
+        same = a.view(torch.int32) == b.view(torch.int32)  # NaN and infinity, too
+        bits = bits and bool(same.all())
+        found.unequal += int((a != b).logical_and_(~same).sum())
+        gap = (a - b).abs_().nan_to_num_(math.inf, math.inf).masked_fill_(same, 0.0)
+        largest = float(gap.max()) if gap.numel() else 0.0
+        if math.isinf(largest):
             found.ulps = -1
-        gap = (a - b).abs_().nan_to_num_(math.inf, math.inf)
-        found.max_abs = max(found.max_abs, float(gap.max()) if gap.numel() else 0.0)
+        elif found.ulps >= 0 and gap.numel():
+            steps = (_ordinal(a) - _ordinal(b)).abs_()
+            found.ulps = max(found.ulps, int(steps.max()))
+        found.max_abs = max(found.max_abs, largest)
         error += float(gap.double().square_().sum())
-        power += float(a.double().square_().sum())
+        power += float(a.nan_to_num(0.0, 0.0, 0.0).double().square_().sum())
     found.rms = math.sqrt(error / power) if power > 0 else (0.0 if error == 0 else math.inf)
     found.state = "bits" if bits else "differs" if found.unequal else "values"
     if grid is not None and grid.whose:

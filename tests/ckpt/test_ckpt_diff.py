@@ -85,6 +85,23 @@ def test_a_value_that_is_not_finite_is_told(folders, copy):
     report = diff.compare(folders["bf16"], folder)
     found = of(report, ROUTER)
     assert found.ulps == -1 and found.max_abs == float("inf") and report.worst()[0] is found
+    told = json.loads(json.dumps(report.json(), allow_nan=False))
+    assert told["max_ulps"] == -1 and told["max_abs"] is None
+
+
+def test_values_that_are_not_finite_and_the_same_are_no_difference(copy):
+    folder = copy("bf16")
+    odd = torch.tensor([torch.nan, torch.inf, 1.0], dtype=torch.bfloat16)
+
+    def begin(values):
+        return lambda name, t: torch.cat([values, t.flatten()[len(values) :]]).view(t.shape) if name == ROUTER else t
+
+    rewrite(folder, begin(odd))
+    other = folder.with_name("other")
+    shutil.copytree(folder, other)
+    rewrite(other, begin(torch.tensor([torch.nan, torch.inf, 1.5], dtype=torch.bfloat16)))
+    found = of(diff.compare(folder, other), ROUTER)
+    assert (found.unequal, found.ulps, found.max_abs) == (1, 64, 0.5) and found.rms < 1
 
 
 @pytest.mark.parametrize("format", ["fp8", "int4"])
