@@ -152,15 +152,19 @@ def main() -> None:
     import torch
 
     from k2lab.ckpt.convert import workers_here
+    from k2lab.quant import compiled
 
     args.workers = args.workers or workers_here()
     if args.no_sync:
         os.fsync = lambda handle: None
     pairs = [tuple(pair.split("-")) for pair in args.pairs] if args.pairs else PAIRS
     shard = args.shard_mb * 1_000_000
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}")
+    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, ", end="")
+    print(f"torch {torch.__version__}, {'with' if compiled.installed() else 'without'} numba")
     synced = "not synced" if args.no_sync else "synced"
     print(f"{args.spec}, shards of {args.shard_mb} MB, {args.workers} threads, {synced}, best of {args.repeat}")
+    if args.folder is not None:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         root, rows = Path(name), []
         for format in dict.fromkeys(pair[0] for pair in pairs):

@@ -23,7 +23,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, quanti
 from train_step import device
 
 from k2lab.models import cpu
-from k2lab.quant import fp8, int4
+from k2lab.quant import compiled, fp8, int4
 
 ARGS = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=int4.GROUP)
 
@@ -83,7 +83,8 @@ def main() -> None:
     print(f"device        {device()}")
     print(
         f"versions      python {platform.python_version()}, torch {torch.__version__}, "
-        f"compressed-tensors {version('compressed-tensors')}"
+        f"compressed-tensors {version('compressed-tensors')}, "
+        + (f"numba {version('numba')}" if compiled.installed() else "without numba")
     )
     print(
         f"problem       a matrix of {options.rows} x {options.columns}, {options.threads} threads, median of {options.rounds}"

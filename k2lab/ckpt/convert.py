@@ -19,7 +19,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,11 @@ from k2lab.ckpt.journal import DONE, Journal
 from k2lab.ckpt.layout import INDEX
 from k2lab.ckpt.outputs import SHARD_BYTES, TARGETS, Plan, Shard
 from k2lab.ckpt.safefile import Writer
+from k2lab.core import threads
 from k2lab.core.artifacts import disk_errors, file_sha256
 from k2lab.core.errors import CheckpointError, DataError, MachineError
 from k2lab.dist import mesh
+from k2lab.quant import compiled
 from k2lab.text.layout import IM_END
 
 GENERATION = "generation_config.json"
@@ -106,6 +107,11 @@ class Job:
             merged = frozenset(f"{name}.weight" for name in self.adapter.of(matrices))
         self.plan = outputs.make(self.source, request.to, request.shard_bytes, self.template, merged)
         self.journal = Journal(request.target, self._pinned())
+        if not compiled.installed() and self._computes():
+            self.notes.append(
+                "numba is not installed: PyTorch's operations compute INT4 and FP8, the same bytes several times slower "
+                "(pip install 'k2lab[cpu]')"
+            )
         if self.plan.dropped:
             self.notes.append(
                 f"{len(self.plan.dropped)} tensors are left out, because no model here has them: {self.plan.dropped[0]}, ..."
@@ -134,6 +140,11 @@ class Job:
         if shapes.keys() != set(folder.names()) or any(folder.info(name).shape != shapes[name] for name in packed):
             raise CheckpointError("the original is another model", where=str(path), got=f"other tensors than {request.source}")
         return folder
+
+    def _computes(self) -> bool:
+        """True if a tensor is put on a grid or taken from one."""
+        items = (item for shard in self.plan.shards for item in shard.items if item.how != "copy")
+        return any(item.how != "plain" or self.source.info(item.name).format != "plain" for item in items)
 
     def _pinned(self) -> dict[str, Any]:
         request = self.request
@@ -287,15 +298,7 @@ class _Share:
             else:
                 self._count(shard.size, 1)
         workers = self.job.request.workers or workers_here()
-        with ThreadPoolExecutor(max(1, min(workers, len(left)))) as pool:
-            waiting = [pool.submit(self._shard, shard) for shard in left]
-            try:
-                for future in as_completed(waiting):
-                    future.result()
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        threads.each(left, self._shard, workers, self._stop)
 
     def _shard(self, shard: Shard) -> None:
         torch.set_num_threads(1)

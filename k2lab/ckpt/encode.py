@@ -21,13 +21,16 @@ from k2lab.ckpt import dcp, origin
 from k2lab.ckpt.outputs import Item
 from k2lab.ckpt.safefile import NAMES, TORCH, itemsize
 from k2lab.core.errors import CheckpointError, NumericsError
-from k2lab.quant import fp8, int4
+from k2lab.quant import bits, fp8, int4
 
 PIECE = 1 << 20  # elements that are worked on at once
 COPY_BYTES = 8 << 20
 _ALIGN = fp8.BLOCK  # pieces have whole rows of blocks
 
 Write = Callable[[str, Any], None]  # (stored name, bytes or tensor)
+# Of scales by their type: integers of as many bits, and the bits of the largest whose product with the largest code is finite: of
+# INT4 below 2^125, of FP8 as `fp8.HIGHEST`.
+_SCALES = {torch.bfloat16: (torch.int16, 0x7DFF), torch.float32: (torch.int32, 0x7B124924)}
 
 
 @dataclass
@@ -99,19 +102,38 @@ class Encoder:
             self._raw(self.source, item, write, done)
         done.copied += 1
 
+    def _room(self, use: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor in memory of this thread that the next call for the same use gives again: fresh memory costs as much as the
+        arithmetic, since the system clears its pages."""
+        held, size = self._memory.__dict__, math.prod(shape) * dtype.itemsize
+        if use not in held or len(held[use]) < size:
+            held[use] = torch.empty(size, dtype=torch.uint8)
+        return held[use][:size].view(dtype).view(shape)
+
+    def _rows(self, use: str, stored: str, rows: slice) -> torch.Tensor:
+        """Rows of a stored tensor, in this thread's memory."""
+        file = self.source.file_of(stored)
+        entry = file.entries[stored]
+        found = self._room(use, TORCH[entry.dtype], (rows.stop - rows.start, *entry.shape[1:]))
+        file.read_into(found, stored, rows)
+        return found
+
     def _as_stored(self, name: str, rows: slice | None) -> torch.Tensor:
-        """Rows of a plain tensor, in memory of this thread that the next call uses again."""
+        """Rows of a plain tensor, in memory that the next call uses again."""
         (stored,) = self.source.stored(name)
-        if (file := self.source.file_of(stored)) is None or rows is None:
+        if rows is None or self.source.file_of(stored) is None:
             return self.source.read(name, rows)
-        info = self.source.info(name)
-        dtype, shape = TORCH[info.dtype], (rows.stop - rows.start, *info.shape[1:])
-        size = math.prod(shape) * dtype.itemsize
-        if (buffer := getattr(self._memory, "buffer", None)) is None or len(buffer) < size:
-            buffer = self._memory.buffer = torch.empty(size, dtype=torch.uint8)
-        values = buffer[:size].view(dtype).view(shape)
-        file.read_into(values, stored, rows)
-        return values
+        return self._rows("stored", stored, rows)
+
+    def _packed(self, name: str, rows: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of rows in whole blocks, in memory that the next call uses again."""
+        codes, scales, *_ = self.source.stored(name)
+        if rows is None or self.source.file_of(codes) is None:
+            return self.source.packed(name, rows)
+        coarse = rows
+        if self.source.info(name).format == "fp8_block":
+            coarse = slice(rows.start // fp8.BLOCK, -(-rows.stop // fp8.BLOCK))
+        return self._rows("stored", codes, rows), self._rows("scales", scales, coarse)
 
     def _raw(self, folder: Any, item: Item, write: Write, done: Done) -> None:
         for stored, (_, _, data) in zip(item.entries, folder.raw(item.name).values(), strict=True):
@@ -137,17 +159,20 @@ class Encoder:
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Rows of the decoded tensor, the adapter's part added in fp32, then as `dtype` (default: as they are). `watch` looks at
-        them, at codes and scales if there are such."""
+        them, at codes and scales if there are such. They lie in memory that the next call uses again."""
         info = self.source.info(name)
-        if watch is not None and _in_blocks(info, rows):
-            codes, scales = self.source.packed(name, rows)
-            watch.see_packed(codes, scales)
+        if _in_blocks(info, rows):
+            codes, scales = self._packed(name, rows)
+            if watch is not None:
+                watch.see_packed(codes, scales)
             module: Any = int4 if info.format == "int4_group" else fp8
-            if dtype is not None and delta is None and name not in self._on_grid:
-                return module.dequantise(codes, scales, dtype=dtype)  # in one go: the same bits
-            values = module.dequantise(codes, scales)
+            shape = info.shape if rows is None else (rows.stop - rows.start, *info.shape[1:])
+            if dtype is not None and delta is None and name not in self._on_grid:  # in one go: the same bits
+                return module.dequantise(codes, scales, dtype=dtype, out=self._room("values", dtype, shape))
+            own = torch.bfloat16 if module is int4 else torch.float32
+            values = module.dequantise(codes, scales, dtype=own, out=self._room("values", own, shape))
         else:
-            values = self.source.read(name, rows)
+            values = self._as_stored(name, rows) if info.format == "plain" else self.source.read(name, rows)
             if watch is not None:
                 watch.see(values)
         if delta is not None:
@@ -216,21 +241,23 @@ class Encoder:
         shape = self.source.info(item.name).shape
         module: Any = fp8 if item.how == "fp8_block" else int4
         watch = Watch(self.source, item.name)
-        all_scales = []
+        (_, wide), (kind, sizes) = item.entries[codes_name], item.entries[scales_name]
+        scales = torch.empty(sizes, dtype=TORCH[kind])
         for rows in pieces(shape):
             values = self._values(item.name, rows, delta, None)
             if item.how == "int4_group" or delta is not None:
                 values = values.to(torch.bfloat16)
+            at = slice(0, shape[0]) if rows is None else rows
+            coarse = slice(at.start // fp8.BLOCK, -(-at.stop // fp8.BLOCK)) if module is fp8 else at
+            room = self._room("codes", TORCH[item.entries[codes_name][0]], (at.stop - at.start, *wide[1:]))
             try:
-                codes, scales = module.quantise(values)
+                codes, part = module.quantise(values, out=(room, scales[coarse]))
             except NumericsError:
                 raise watch.wrong("this tensor has a value that is not finite", "NaN or infinity") from None
-            watch.see_packed(codes, scales)
+            watch.see_packed(codes, part)
             write(codes_name, codes)
-            all_scales.append(scales)
         watch.close()
-        for part in all_scales:
-            write(scales_name, part)
+        write(scales_name, scales)
         for name in shape_name:
             write(name, torch.tensor(shape, dtype=TORCH[item.entries[name][0]]))
         done.merged += delta is not None
@@ -278,27 +305,26 @@ class Watch:
 
     def see(self, values: torch.Tensor) -> None:
         """The next rows. Raises CheckpointError if one of them is not finite."""
-        total = float(values.sum(dtype=torch.float32))
-        if not math.isfinite(total) and not bool(values.isfinite().all()):
-            kind = "NaN" if bool(values.isnan().any()) else "infinity"
-            raise self.wrong("this tensor has a value that is not finite", kind)
-        self._zero = self._zero and total == 0 and not bool(values.any())
+        top, limit = bits.largest(values), bits.LIMITS[values.dtype]
+        if top >= limit:
+            raise self.wrong("this tensor has a value that is not finite", "NaN" if top > limit else "infinity")
+        self._zero = self._zero and top == 0
 
     def see_packed(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         """The next rows of a quantised tensor, as stored."""
-        largest = 8 if codes.dtype == torch.int32 else fp8.LARGEST
-        if not bool((scales * largest).isfinite().all()) or not bool((scales > 0).all()):
+        whole, most = _SCALES[scales.dtype]
+        # Of bits as whole numbers: those of numbers above 0 are from 1 on and ascend, those of numbers below 0 are below 0.
+        low, high = (int(bound) for bound in scales.view(whole).aminmax())
+        if low < 1 or high > most:
             lowest = float(scales.float().nan_to_num(0).min())
             raise self.wrong("a scale is zero, negative or not finite, or too large for its codes", f"{lowest} the least")
-        # by extremes, which PyTorch finds many times faster than it compares and asks whether any or all are true
-        if codes.dtype == torch.int32:
-            zero = {int(code) for code in codes.aminmax()} == {-0x77777778}  # the word of eight codes 0, each stored as 8
-        else:
-            top = int((codes.view(torch.uint8) & 0x7F).max())
+        if codes.dtype != torch.int32:
+            top = bits.largest(codes)
             if top == 0x7F:
                 raise self.wrong("this tensor has a value that is not finite", "NaN")
-            zero = top == 0
-        self._zero = self._zero and zero
+            self._zero = self._zero and top == 0
+        elif self._zero:
+            self._zero = {int(code) for code in codes.aminmax()} == {-0x77777778}  # the word of eight codes 0, each stored as 8
 
     def close(self) -> None:
         """Raises CheckpointError if nothing but zeros passed."""

@@ -15,11 +15,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from k2lab.core import threads
 from k2lab.core.artifacts import disk_errors
 from k2lab.core.errors import DataError, K2Error, MachineError
 from k2lab.plan.lines import size as bytes_text
@@ -133,20 +133,10 @@ class Loader:
             self.parts.mkdir(parents=True, exist_ok=True)
             last = [file for file in self.files if file.name == "config.json"]
             # Large files first: the last thread to end should not have begun late.
-            self._run(sorted((file for file in self.files if file not in last), key=lambda file: -file.size))
-            self._run(last)
+            first = sorted((file for file in self.files if file not in last), key=lambda file: -file.size)
+            for files in (first, last):
+                threads.each(files, self._load, AT_ONCE, self._stop)
             shutil.rmtree(self.parts)
-
-    def _run(self, files: list[RemoteFile]) -> None:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            waiting = [pool.submit(self._load, file) for file in files]
-            try:
-                for future in as_completed(waiting):
-                    future.result()
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
 
     def _partial(self, file: RemoteFile) -> Path:
         name = hashlib.sha256(file.name.encode()).hexdigest()[:8]  # two files may have the same content

@@ -59,23 +59,21 @@ def dequantise_kernel(
     tl.store(out_BOI + at, value.to(out_BOI.dtype.element_ty), mask=mask)
 
 
-def fp8_grid(w: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scale_inv."""
+def fp8_grid(w: torch.Tensor, block: int, out: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scale_inv, in `out`."""
     w = (w if w.dtype in (torch.bfloat16, torch.float16, torch.float32) else w.float()).contiguous()
     rows, columns = w.shape[-2:]
     blocks_o, blocks_i = triton.cdiv(rows, block), triton.cdiv(columns, block)
-    codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
-    scales = torch.empty(*w.shape[:-2], blocks_o, blocks_i, dtype=torch.float32, device=w.device)
+    codes, scales = out
     with torch.cuda.device_of(w):
         grid_kernel[(scales.numel(),)](w, codes, scales, rows, columns, blocks_o, blocks_i, block, num_warps=16)
     return codes, scales
 
 
-def dequantise(codes: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype, block: int) -> torch.Tensor:
-    """code x scale_inv in fp32, then `dtype`."""
+def dequantise(codes: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype, block: int, out: torch.Tensor) -> torch.Tensor:
+    """code x scale_inv in fp32, then `dtype`, in `out`."""
     codes, scale_inv = codes.contiguous(), scale_inv.contiguous()
     rows, columns = codes.shape[-2:]
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     blocks_o, blocks_i = scale_inv.shape[-2:]
     tiles_o = triton.cdiv(rows, ROWS)
     with torch.cuda.device_of(codes):

@@ -113,11 +113,8 @@ def _readable(w: torch.Tensor) -> torch.Tensor:
     return (w if w.dtype in (torch.bfloat16, torch.float16, torch.float32) else w.to(torch.bfloat16)).contiguous()
 
 
-def _grid(w: torch.Tensor, group: int, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    w = _readable(w)
-    columns, kind = (w.shape[-1] // 8, torch.int32) if packed else (w.shape[-1], torch.int8)
-    out = torch.empty(*w.shape[:-1], columns, dtype=kind, device=w.device)
-    scales = torch.empty(*w.shape[:-1], w.shape[-1] // group, dtype=torch.bfloat16, device=w.device)
+def _grid(w: torch.Tensor, group: int, out: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    w, packed = _readable(w), out.dtype == torch.int32
     with torch.cuda.device_of(w):
         grid_kernel[(triton.cdiv(scales.numel(), GROUPS),)](w, out, scales, scales.numel(), group, _power(group), GROUPS, packed)
     return out, scales
@@ -125,22 +122,28 @@ def _grid(w: torch.Tensor, group: int, packed: bool) -> tuple[torch.Tensor, torc
 
 def int4_grid(w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 and scales."""
-    return _grid(w, group, packed=False)
+    scales = torch.empty(*w.shape[:-1], w.shape[-1] // group, dtype=torch.bfloat16, device=w.device)
+    return _grid(w, group, torch.empty(w.shape, dtype=torch.int8, device=w.device), scales)
 
 
-def quantise(w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed codes and scales."""
-    return _grid(w, group, packed=True)
+def quantise(
+    w: torch.Tensor, group: int, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes and scales, in `out` if it is given."""
+    if out is None:
+        packed = torch.empty(*w.shape[:-1], w.shape[-1] // 8, dtype=torch.int32, device=w.device)
+        out = packed, torch.empty(*w.shape[:-1], w.shape[-1] // group, dtype=torch.bfloat16, device=w.device)
+    return _grid(w, group, *out)
 
 
-def values(w: torch.Tensor, group: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The bf16 values on the grid, in `out` (contiguous bf16 of as many elements) if it is given."""
+def values(w: torch.Tensor, group: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """The bf16 values on the grid, as `dtype`."""
     w = _readable(w)
-    out = torch.empty(w.shape, dtype=torch.bfloat16, device=w.device) if out is None else out
+    out = torch.empty(w.shape, dtype=torch.bfloat16, device=w.device)
     num = w.numel() // group
     with torch.cuda.device_of(w):
         values_kernel[(triton.cdiv(num, GROUPS),)](w, out, num, group, _power(group), GROUPS)
-    return out
+    return out.to(dtype)
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:

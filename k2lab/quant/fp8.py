@@ -15,6 +15,9 @@ The grid applied to the fp32 values that it gave returns the same codes and scal
 in place of 8); only a block of up to 2^-136, all of whose codes are 0, then has scale_inv 1. Through bf16 the codes survive and
 scales are rounded: keep the scales, or detour through fp32.
 
+What is written out below is the reference; with numba, loops of one pass compute the same bits (`_fp8_numba`), and Triton's on a
+GPU (`_fp8_triton`).
+
 Legend: `O` rows (out), `I` columns (in); any number of axes, such as experts, may come before.
 """
 
@@ -27,7 +30,7 @@ from types import ModuleType
 import torch
 
 from k2lab.core.errors import CheckpointError, NumericsError
-from k2lab.quant import _blocks
+from k2lab.quant import _blocks, compiled
 
 BLOCK = 128
 LARGEST = 448.0  # of E4M3
@@ -46,8 +49,20 @@ def _triton() -> ModuleType | None:
     return _fp8_triton
 
 
+@cache
+def _numba() -> ModuleType | None:
+    try:
+        from k2lab.quant import _fp8_numba
+    except ImportError:
+        return None
+    return _fp8_numba
+
+
 def _kernels(tensor: torch.Tensor, block: int) -> ModuleType | None:
-    """The module with the same functions for CUDA tensors, or None if PyTorch's own operations compute."""
+    """The module with the same functions for CUDA tensors or, where numba is installed, for those on a CPU; None if PyTorch's own
+    operations compute."""
+    if tensor.device.type == "cpu":
+        return _numba() if compiled.wanted(tensor) else None
     kernels = _triton() if tensor.device.type == "cuda" else None
     return kernels if kernels is not None and kernels.obstacle(tensor, block) is None else None
 
@@ -62,7 +77,7 @@ def _room(tensor: torch.Tensor, block: int, dtype: torch.dtype = torch.float32) 
     return torch.empty(min(block, tensor.shape[-2]), tensor.shape[-1], dtype=dtype, device=tensor.device)
 
 
-def _bands(shape: torch.Size, block: int) -> Iterator[Band]:
+def bands(shape: torch.Size, block: int) -> Iterator[Band]:
     """(index into the leading axes taken as one, rows, index of the row of blocks) of every band of blocks."""
     for batch in range(shape[:-2].numel()):
         for band in range(-(-shape[-2] // block)):
@@ -84,14 +99,18 @@ def _check(w: torch.Tensor, what: str) -> None:
 
 
 @torch.no_grad()
-def fp8_grid(w: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+def fp8_grid(
+    w: torch.Tensor, block: int = BLOCK, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes float8_e4m3fn [..., O, I] and scale_inv fp32 [..., ceil(O / 128), ceil(I / 128)] of weights [..., O, I], by the rule
-    above. Beside inputs and outputs two bands of 128 rows per thread are in memory."""
+    above, in `out` (contiguous) if it is given. Beside inputs and outputs two bands of 128 rows per thread are in memory."""
     _check(w, "weights of FP8 codes")
+    if out is None:
+        codes = torch.empty(w.shape, dtype=E4M3, device=w.device)
+        out = codes, torch.empty(scale_shape(w.shape, block), dtype=torch.float32, device=w.device)
     if (kernels := _kernels(w, block)) is not None:
-        return kernels.fp8_grid(w, block)
-    codes = torch.empty(w.shape, dtype=E4M3, device=w.device)
-    scales = torch.empty(scale_shape(w.shape, block), dtype=torch.float32, device=w.device)
+        return kernels.fp8_grid(w, block, out)
+    codes, scales = out
     w_BOI, codes_BOI, scales_Bob = _stack(w), _stack(codes), _stack(scales)
     columns = w.shape[-1]
 
@@ -115,13 +134,15 @@ def fp8_grid(w: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.T
 
         return work
 
-    _blocks.each(_bands(w.shape, block), worker)
+    _blocks.each(bands(w.shape, block), worker)
     return codes, scales
 
 
-def quantise(w: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(
+    w: torch.Tensor, block: int = BLOCK, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`fp8_grid` for writing: raises NumericsError if a weight is not finite. On a GPU it waits for the device."""
-    codes, scales = fp8_grid(w, block)
+    codes, scales = fp8_grid(w, block, out)
     unfinite = scales.isfinite().logical_not_()
     if unfinite.any():
         raise NumericsError(
@@ -134,10 +155,14 @@ def quantise(w: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.T
 
 @torch.no_grad()
 def dequantise(
-    codes: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype = torch.float32, block: int = BLOCK
+    codes: torch.Tensor,
+    scale_inv: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    block: int = BLOCK,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """code x scale_inv in fp32, then cast to `dtype`: codes float8_e4m3fn [..., O, I], scale_inv fp32 as `scale_shape` says.
-    Raises CheckpointError if they do not fit."""
+    """code x scale_inv in fp32, then cast to `dtype`: codes float8_e4m3fn [..., O, I], scale_inv fp32 as `scale_shape` says; in
+    `out` (contiguous, of this type) if it is given. Raises CheckpointError if they do not fit."""
     _check(codes, "FP8 codes")
     if codes.dtype != E4M3 or scale_inv.dtype != torch.float32:
         raise CheckpointError(
@@ -149,9 +174,9 @@ def dequantise(
             got=f"scales {list(scale_inv.shape)} for codes {list(codes.shape)}",
             allowed=f"scales {list(scale_shape(codes.shape, block))}",
         )
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device) if out is None else out
     if (kernels := _kernels(codes, block)) is not None:
-        return kernels.dequantise(codes, scale_inv, dtype, block)
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        return kernels.dequantise(codes, scale_inv, dtype, block, out)
     codes_BOI, out_BOI, scales_Bob = _stack(codes), _stack(out), _stack(scale_inv)
     columns = codes.shape[-1]
 
@@ -169,7 +194,7 @@ def dequantise(
         return work
 
     exact = dtype == torch.float32
-    _blocks.each(_bands(codes.shape, block), worker)
+    _blocks.each(bands(codes.shape, block), worker)
     return out
 
 

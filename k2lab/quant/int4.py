@@ -22,7 +22,8 @@ changed must therefore be written from their own bytes.
 Packing: code + 8 in four bits, the lowest column in the lowest bits of an int32.
 
 On a CPU everything runs over blocks of rows that fit the cache (`_blocks`); beside inputs and outputs only a block per thread is
-in memory.
+in memory. What is written out below, in PyTorch's operations, is the reference; with numba, loops of one pass compute the same
+bits (`_int4_numba`), and Triton's on a GPU (`_int4_triton`).
 
 Legend: `O` rows (out), `I` columns (in), `G` groups of a row; any number of axes, such as experts, may come before.
 """
@@ -37,14 +38,14 @@ from types import ModuleType
 import torch
 
 from k2lab.core.errors import CheckpointError, NumericsError
-from k2lab.quant import _blocks
+from k2lab.quant import _blocks, compiled
 
 GROUP = 32
 LOWEST, HIGHEST = 2.0**-126, 145 * 2.0**118  # of scales
 PER_WORD = 8
 # Elements that are worked on at once on a CPU. Fewer and PyTorch's operations cost more than their work, more and the second
 # (for the grid) or third cache (for packing) is too small; measured on two EPYC cores.
-_GRID_BLOCK, _PACK_BLOCK = 1 << 18, 1 << 20
+_GRID_BLOCK, PACK_BLOCK = 1 << 18, 1 << 20
 
 assert sys.byteorder == "little", "codes are packed through views of little-endian integers"
 
@@ -58,9 +59,21 @@ def _triton() -> ModuleType | None:
     return _int4_triton
 
 
+@cache
+def _numba() -> ModuleType | None:
+    try:
+        from k2lab.quant import _int4_numba
+    except ImportError:
+        return None
+    return _int4_numba
+
+
 def _kernels(tensor: torch.Tensor) -> ModuleType | None:
-    """The module with the same functions for CUDA tensors, or None if PyTorch's own operations compute."""
-    return _triton() if tensor.device.type == "cuda" else None
+    """The module with the same functions for CUDA tensors or, where numba is installed, for those on a CPU; None if PyTorch's own
+    operations compute."""
+    if tensor.device.type == "cuda":
+        return _triton()
+    return _numba() if compiled.wanted(tensor) else None
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -170,7 +183,7 @@ def values(w: torch.Tensor, group: int = GROUP, dtype: torch.dtype = torch.bfloa
     NaN where a group is not finite."""
     _check_weight(w, group)
     if (kernels := _kernels(w)) is not None:
-        return kernels.values(w, group).to(dtype)
+        return kernels.values(w, group, dtype=dtype)
     out = torch.empty(w.shape, dtype=dtype, device=w.device)
     out_NI = _rows(out)
 
@@ -189,15 +202,20 @@ def values(w: torch.Tensor, group: int = GROUP, dtype: torch.dtype = torch.bfloa
 
 
 @torch.no_grad()
-def quantise(w: torch.Tensor, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed codes int32 [..., O, I / 8] and scales bf16 [..., O, I / group] of weights [..., O, I]. Raises NumericsError if a
-    weight is not finite, CheckpointError if rows are no whole groups. On a GPU it waits for the device."""
+def quantise(
+    w: torch.Tensor, group: int = GROUP, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes int32 [..., O, I / 8] and scales bf16 [..., O, I / group] of weights [..., O, I], in `out` (contiguous) if it
+    is given. Raises NumericsError if a weight is not finite, CheckpointError if rows are no whole groups. On a GPU it waits for
+    the device."""
     _check_weight(w, group)
+    if out is None:
+        words = torch.empty(*w.shape[:-1], w.shape[-1] // PER_WORD, dtype=torch.int32, device=w.device)
+        out = words, _scales_of(w, group)
+    packed, scales = out
     if (kernels := _kernels(w)) is not None:
-        packed, scales = kernels.quantise(w, group)
+        kernels.quantise(w, group, out)
     else:
-        packed = torch.empty(*w.shape[:-1], w.shape[-1] // PER_WORD, dtype=torch.int32, device=w.device)
-        scales = _scales_of(w, group)
         packed_NW, scales_NG = _rows(packed), _rows(scales)
 
         def then(grid: _Grid) -> Callable[[slice, torch.Tensor, torch.Tensor], None]:
@@ -249,7 +267,7 @@ class _Pairs:
         """Codes int8 into words int32."""
         num = len(codes_nI)
         both, high = self.first[:num], self.second[:num]
-        torch.bitwise_and(codes_nI.view(torch.int16), 0x0F0F, out=both)
+        torch.bitwise_and(codes_nI.contiguous().view(torch.int16), 0x0F0F, out=both)
         torch.bitwise_right_shift(both, 4, out=high)
         both.bitwise_or_(high)
         # the lower byte now holds both codes in two's complement; + 8 flips the upper bit of each
@@ -258,10 +276,17 @@ class _Pairs:
     def unpack(self, packed_nW: torch.Tensor, out_nI: torch.Tensor) -> None:
         """Words int32 into codes int8."""
         pairs = out_nI.view(torch.int16)
-        pairs.copy_(packed_nW.view(torch.uint8))
+        pairs.copy_(packed_nW.contiguous().view(torch.uint8))
         high = torch.bitwise_and(pairs, 0xF0, out=self.first[: len(pairs)])
         pairs.add_(high, alpha=15)  # low + 16 high, and 15 x 16 high more: low + 256 high
         out_nI.sub_(8)
+
+
+def require_codes(codes: torch.Tensor) -> None:
+    """Raises CheckpointError unless all codes are -8 to 7."""
+    least, most = codes.aminmax()
+    if least < -8 or most > 7:
+        raise CheckpointError("INT4 codes must be -8 to 7", got=[int(least), int(most)])
 
 
 @torch.no_grad()
@@ -277,15 +302,14 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     packed = torch.empty(*codes.shape[:-1], codes.shape[-1] // PER_WORD, dtype=torch.int32, device=codes.device)
     codes_NI, packed_NW = _rows(codes), _rows(packed)
     columns, cpu = codes.shape[-1], codes.device.type == "cpu"
-    spans = _blocks.spans(len(codes_NI), columns, _PACK_BLOCK, codes.device)
+    spans = _blocks.spans(len(codes_NI), columns, PACK_BLOCK, codes.device)
 
     def worker() -> Callable[[slice], None]:
         pairs = _Pairs(spans[0].stop, columns, codes.device)
 
         def work(rows: slice) -> None:
-            least, most = codes_NI[rows].aminmax() if cpu else (0, 0)
-            if least < -8 or most > 7:
-                raise CheckpointError("INT4 codes must be -8 to 7", got=[int(least), int(most)])
+            if cpu:
+                require_codes(codes_NI[rows])
             pairs.pack(codes_NI[rows], packed_NW[rows])
 
         return work
@@ -302,7 +326,7 @@ def unpack(packed: torch.Tensor, columns: int | None = None) -> torch.Tensor:
         return kernels.unpack(packed, columns)
     codes = torch.empty(*packed.shape[:-1], columns, dtype=torch.int8, device=packed.device)
     packed_NW, codes_NI = _rows(packed), _rows(codes)
-    spans = _blocks.spans(len(packed_NW), columns, _PACK_BLOCK, packed.device)
+    spans = _blocks.spans(len(packed_NW), columns, PACK_BLOCK, packed.device)
 
     def worker() -> Callable[[slice], None]:
         pairs = _Pairs(spans[0].stop, columns, packed.device)
@@ -318,8 +342,10 @@ def dequantise(
     scales: torch.Tensor,
     shape: tuple[int, ...] | torch.Size | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The values bf16(code x scale), as `dtype`: packed int32 [..., O, I / 8], scales bf16 [..., O, G] -> [..., O, I].
+    """The values bf16(code x scale), as `dtype`: packed int32 [..., O, I / 8], scales bf16 [..., O, G] -> [..., O, I], in `out`
+    (contiguous, of this type) if it is given.
 
     `shape` is what the checkpoint says of the whole tensor; CheckpointError if it, or the scales, do not fit the codes.
     """
@@ -334,8 +360,8 @@ def dequantise(
     if columns % scales.shape[-1]:
         raise CheckpointError("INT4 groups must be equally long", got=f"{scales.shape[-1]} scales for {columns} codes a row")
     if (kernels := _kernels(packed)) is not None:
-        return kernels.dequantise(packed, scales, shape, dtype)
-    out = torch.empty(held, dtype=dtype, device=packed.device)
+        return kernels.dequantise(packed, scales, shape, dtype, out)
+    out = torch.empty(held, dtype=dtype, device=packed.device) if out is None else out
     packed_NW, scales_NG, out_NI = _rows(packed), _rows(scales), _rows(out)
     spans = _blocks.spans(len(packed_NW), columns, _GRID_BLOCK, packed.device)
 

@@ -9,6 +9,7 @@ from k2lab.core.errors import NumericsError
 from k2lab.quant import fp8, int4
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+PATHS = ("torch",)
 TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 
 
