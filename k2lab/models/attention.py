@@ -328,6 +328,7 @@ def _repeated(x_BGTC: torch.Tensor, times: int) -> torch.Tensor:
     return x_BGTC if times == 1 else x_BGTC.repeat_interleave(times, dim=1)
 
 
+@torch.compiler.disable  # it follows the documents of each pack
 def k2lab_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

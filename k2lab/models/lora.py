@@ -104,7 +104,8 @@ class LoRALinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        if x.dtype == self.weight.dtype == self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
+        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        if x.dtype == self.weight.dtype == self.lora_A.dtype and not plain:
             y = LowRank.apply(flat, self.weight, self.bias, self.lora_A, self.lora_B, self.k2_scale)
             return y.view(*x.shape[:-1], -1)
         low = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))

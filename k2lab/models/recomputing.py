@@ -1,4 +1,5 @@
-"""Layers of which one block is computed again in the backward pass (`specs.recomputation` says which).
+"""Layers of which one block is computed again in the backward pass (`specs.recomputation` says which), or that are compiled
+(`compiling`).
 
 Counts of routers and maximum logits are taken while `TrainModel.hidden` runs, and the backward pass comes later: what is computed
 again is not counted again.
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from k2lab.models import compiling
+
 
 def again(function: Callable[..., Any], *inputs: torch.Tensor) -> Any:
     """function(*inputs), of which autograd keeps only the inputs; nothing in our layers draws random numbers."""
@@ -21,9 +24,10 @@ def again(function: Callable[..., Any], *inputs: torch.Tensor) -> Any:
 class RecomputingLayer(torch.nn.Module):
     """Mixed into transformers' pre-norm decoder layers by `swap`: norm, attention, sum, norm, feed-forward, sum. While
     `k2_recompute` names one of the two blocks ("mixer" or "feed_forward"), training computes it again together with its norm;
-    else the class's own forward runs."""
+    while `k2_compile` is set, training takes the layer compiled; else the class's own forward runs."""
 
     k2_recompute = ""
+    k2_compile = False
 
     @property
     def k2_recomputing(self) -> str:
@@ -32,8 +36,12 @@ class RecomputingLayer(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         block = self.k2_recomputing
-        if not block or args or kwargs.get("past_key_values") is not None:
+        if args or kwargs.get("past_key_values") is not None:
             return super().forward(hidden_states, *args, **kwargs)
+        if self.k2_compile and self.training and torch.is_grad_enabled():
+            return compiling.layer()(self, hidden_states, kwargs)
+        if not block:
+            return super().forward(hidden_states, **kwargs)
 
         def mixer(x: torch.Tensor) -> torch.Tensor:
             return self.k2_mixed(self.input_layernorm(x), kwargs)
@@ -44,6 +52,11 @@ class RecomputingLayer(torch.nn.Module):
         x = hidden_states
         x = x + (again(mixer, x) if block == "mixer" else mixer(x))
         return x + (again(feed_forward, x) if block == "feed_forward" else feed_forward(x))
+
+    def k2_plain(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The layer, nothing computed again."""
+        x = x + self.k2_mixed(self.input_layernorm(x), kwargs)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
     def k2_mixed(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output of attention or KDA for the normalised input."""

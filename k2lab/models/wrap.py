@@ -13,7 +13,7 @@ import torch
 
 from k2lab.core.errors import CheckpointError
 from k2lab.core.types import Batch, RowLayout
-from k2lab.models import attention, experts, lora, packed, qat
+from k2lab.models import attention, compiling, experts, lora, packed, qat
 from k2lab.models.attention import LogitStats
 from k2lab.models.pack import Pack
 from k2lab.models.swap import swap
@@ -139,6 +139,16 @@ class TrainModel:
         verb = "enable" if on else "disable"
         switch = getattr(self.hf, f"activation_checkpointing_{verb}", None) or getattr(self.hf, f"gradient_checkpointing_{verb}")
         switch({"use_reentrant": False}) if on else switch()
+        return self
+
+    def compile(self, on: bool = True, where: str | None = None) -> TrainModel:
+        """From now on training passes take compiled layers (`compiling`). Raises RecipeError for families whose layers are not
+        compiled (`where`: the recipe's key), MachineError where the compiler cannot run."""
+        if on:
+            self.spec.require_compilable(where)
+            compiling.prepare(self.device)
+        for layer in self.hf.base_model.layers:
+            layer.k2_compile = on
         return self
 
     # ------------------------------------------------------------ computing

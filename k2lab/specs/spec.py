@@ -210,6 +210,17 @@ class ModelSpec:
                     allowed=f"multiples of {INT4_GROUP}",
                 )
 
+    def require_compilable(self, where: str | None = None) -> None:
+        """Raises RecipeError unless training may compile layers of this shape: those of Kimi's families are fused by hand."""
+        if self.family != "dense":
+            raise RecipeError(
+                f"layers of {self.name} are not compiled: what a compiler would fuse is fused by hand in them",
+                where=where,
+                got=f"family {self.family}",
+                allowed="dense models (Llama, Qwen2)",
+                next="Leave out compile",
+            )
+
     def kv_bytes_per_token(self, dtype_bytes: int = 2) -> int:
         """Bytes of cache that each token of context adds: (kv_lora_rank + qk_rope_head_dim) per MLA layer, 2 x heads x head_dim
         per ordinary attention layer, nothing for KDA."""

@@ -67,6 +67,9 @@ class Training(Stage):
     # that one hidden state per layer is kept, for one forward pass more (a third of the step's flops). "selective": of each layer
     # the block, attention or feed-forward, with fewer flops per byte freed; less of either. `k2 plan` says how much.
     recompute: Annotated[Literal["none", "layers", "selective"], RunFlag()] = "none"
+    # "layers" = torch.compile on the layers of dense students (Llama, Qwen2): norms, rotation, SwiGLU and sums in few kernels.
+    # The first step waits for the compiler, of which later runs find the results in the user's cache folder.
+    compile: Literal["none", "layers"] = "none"
     # Train low-rank adapters on a frozen model instead of its weights; router biases belong to the frozen model and stay.
     lora: Lora | None = None
     # Save a step checkpoint every so many steps, keep the newest few while the stage is unfinished.
@@ -88,6 +91,13 @@ class Training(Stage):
                 raise RecipeError("too small", where=f"{where}.{name}", got=getattr(self, name))
         if self.early_stop is not None and not self.valid_every:
             raise RecipeError("early_stop needs validation: set valid_every", where=f"{where}.early_stop")
+        if self.compile == "layers" and self.recompute == "selective":
+            raise RecipeError(
+                "a compiled layer chooses itself what it keeps",
+                where=f"{where}.compile",
+                got='compile = "layers" with recompute = "selective"',
+                allowed='recompute = "none" or "layers"',
+            )
         check_batch(self.global_batch, self.per_device_batch, 1, where)
         _lora.check(self, where)
 
@@ -98,6 +108,8 @@ class Training(Stage):
         check_batch(self.global_batch, self.per_device_batch, gpus, f"stage.{name}")
         if self.qat == "int4" and model is not None:
             model.require_int4(f"stage.{name}.qat")
+        if self.compile == "layers" and model is not None:
+            model.require_compilable(f"stage.{name}.compile")
         plan = PlanInput(
             stage=name,
             type=self.slot_name,
@@ -242,6 +254,8 @@ def _model(stage: Training, ctx: StageContext, device: Any, vocab_size: int, mod
     if stage.qat == "int4":
         model.qat("int4_group", where=f"stage.{ctx.name}.qat")
     model.recompute(stage.recompute, stage.seq_len)
+    if stage.compile == "layers":
+        model.compile(where=f"stage.{ctx.name}.compile")
     return model, adapted
 
 

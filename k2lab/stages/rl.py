@@ -37,6 +37,8 @@ class Rl(FineTuning):
     valid_every: ClassVar[int] = 0
     valid_tokens: ClassVar[int] = 0
     early_stop: ClassVar[None] = None
+    # The sampler's passes and the trainer's are to agree to the last digits.
+    compile: ClassVar[Any] = "none"
 
     start: CheckpointRef = "reasoning_sft"  # type: ignore[assignment]
     # Records with "answer" (and "rewards"); the train part is used.
