@@ -77,6 +77,8 @@ class Journal:
         if found.get("v") == VERSION and found.get("identity") == self.pinned["identity"]:
             return found
         differ = [key for key in self.pinned if key != "identity" and found.get(key) != self.pinned[key]]
+        readable = [key for key in differ if key not in ("plan", "files")]  # these are hashes: they follow from the others
+        differ = readable or differ
         told = "; ".join(f"{key} was {_short(found.get(key))} and is {_short(self.pinned[key])}" for key in differ)
         raise DataError(
             f"{self.path} holds another conversion",
