@@ -42,9 +42,9 @@ def prepare(device: torch.device) -> None:
 
 @cache
 def layer() -> Any:
-    """The compiled form of `RecomputingLayer.k2_plain`."""
-    return torch.compile(_plain, dynamic=True)
+    """The compiled form of `RecomputingLayer.k2_blocks`."""
+    return torch.compile(_blocks, dynamic=True)
 
 
-def _plain(module: torch.nn.Module, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    return module.k2_plain(x, kwargs)
+def _blocks(module: torch.nn.Module, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    return module.k2_blocks(x, kwargs)

@@ -42,6 +42,10 @@ class RecomputingLayer(torch.nn.Module):
             return compiling.layer()(self, hidden_states, kwargs)
         if not block:
             return super().forward(hidden_states, **kwargs)
+        return self.k2_blocks(hidden_states, kwargs, block)
+
+    def k2_blocks(self, x: torch.Tensor, kwargs: dict[str, Any], block: str = "") -> torch.Tensor:
+        """The layer, `block` of which is computed again in the backward pass."""
 
         def mixer(x: torch.Tensor) -> torch.Tensor:
             return self.k2_mixed(self.input_layernorm(x), kwargs)
@@ -49,14 +53,8 @@ class RecomputingLayer(torch.nn.Module):
         def feed_forward(x: torch.Tensor) -> torch.Tensor:
             return self.mlp(self.post_attention_layernorm(x))
 
-        x = hidden_states
         x = x + (again(mixer, x) if block == "mixer" else mixer(x))
         return x + (again(feed_forward, x) if block == "feed_forward" else feed_forward(x))
-
-    def k2_plain(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """The layer, nothing computed again."""
-        x = x + self.k2_mixed(self.input_layernorm(x), kwargs)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
     def k2_mixed(self, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output of attention or KDA for the normalised input."""
