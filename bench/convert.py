@@ -160,7 +160,7 @@ def main() -> None:
     pairs = [tuple(pair.split("-")) for pair in args.pairs] if args.pairs else PAIRS
     shard = args.shard_mb * 1_000_000
     print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, ", end="")
-    print(f"torch {torch.__version__}, {'with' if compiled.installed() else 'without'} numba")
+    print(f"torch {torch.__version__}, {'with' if compiled.module('_loops') else 'without'} numba")
     synced = "not synced" if args.no_sync else "synced"
     print(f"{args.spec}, shards of {args.shard_mb} MB, {args.workers} threads, {synced}, best of {args.repeat}")
     if args.folder is not None:

@@ -84,7 +84,7 @@ def main() -> None:
     print(
         f"versions      python {platform.python_version()}, torch {torch.__version__}, "
         f"compressed-tensors {version('compressed-tensors')}, "
-        + (f"numba {version('numba')}" if compiled.installed() else "without numba")
+        + (f"numba {version('numba')}" if compiled.module("_loops") else "without numba")
     )
     print(
         f"problem       a matrix of {options.rows} x {options.columns}, {options.threads} threads, median of {options.rounds}"

@@ -24,7 +24,7 @@ def largest(tensor: torch.Tensor) -> int:
         return 0
     size = tensor.element_size()
     mask = (1 << (8 * size - 1)) - 1
-    if compiled.wanted(tensor) and (loops := compiled.loops()) is not None:
+    if compiled.wanted(tensor) and (loops := compiled.module("_loops")) is not None:
         stored = tensor.detach().contiguous().view(_WHOLE[size]).reshape(-1).numpy().view(f"u{size}")
         return int(loops.largest(stored, stored.dtype.type(mask)))
     return int((tensor.detach().contiguous().view(_WHOLE[size]) & mask).max())

@@ -1,5 +1,6 @@
-"""When numba's loops (`_loops`) compute on a CPU in place of PyTorch's operations, and what both sides of them need: the memory
-of tensors as flat arrays, block by block. The bits are the same either way.
+"""Modules of compiled kernels: Triton's for CUDA tensors, and on a CPU numba's loops (`_loops`). When these compute in place of
+PyTorch's operations, and what both sides need: the memory of tensors as flat arrays, block by block. The bits are the same either
+way.
 
 Importing numba takes a quarter of a second, and a loop that this machine has never compiled up to two. Small tensors, which
 PyTorch is done with in a millisecond, do not wait for that; once the loops are there, they take those as well.
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -29,9 +30,12 @@ Reader = Callable[[slice], "np.ndarray[Any, Any]"]
 
 
 @cache
-def installed() -> bool:
-    """True if numba can be found; it is not imported."""
-    return find_spec("numba") is not None
+def module(name: str) -> ModuleType | None:
+    """A module of this folder, or None where the library that it needs, numba or Triton, is not installed."""
+    try:
+        return import_module(f"k2lab.quant.{name}")
+    except ImportError:
+        return None
 
 
 def wanted(tensor: torch.Tensor) -> bool:
@@ -40,16 +44,6 @@ def wanted(tensor: torch.Tensor) -> bool:
     if tensor.device.type != "cpu" or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return False
     return tensor.numel() >= WORTH or "k2lab.quant._loops" in sys.modules
-
-
-@cache
-def loops() -> ModuleType | None:
-    """The loops themselves, or None without numba."""
-    try:
-        from k2lab.quant import _loops
-    except ImportError:
-        return None
-    return _loops
 
 
 def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -24,7 +24,6 @@ Legend: `O` rows (out), `I` columns (in); any number of axes, such as experts, m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -40,30 +39,12 @@ E4M3 = torch.float8_e4m3fn
 Band = tuple[int, slice, int]
 
 
-@cache
-def _triton() -> ModuleType | None:
-    try:
-        from k2lab.quant import _fp8_triton
-    except ImportError:
-        return None
-    return _fp8_triton
-
-
-@cache
-def _numba() -> ModuleType | None:
-    try:
-        from k2lab.quant import _fp8_numba
-    except ImportError:
-        return None
-    return _fp8_numba
-
-
 def _kernels(tensor: torch.Tensor, block: int) -> ModuleType | None:
     """The module with the same functions for CUDA tensors or, where numba is installed, for those on a CPU; None if PyTorch's own
     operations compute."""
     if tensor.device.type == "cpu":
-        return _numba() if compiled.wanted(tensor) else None
-    kernels = _triton() if tensor.device.type == "cuda" else None
+        return compiled.module("_fp8_numba") if compiled.wanted(tensor) else None
+    kernels = compiled.module("_fp8_triton") if tensor.device.type == "cuda" else None
     return kernels if kernels is not None and kernels.obstacle(tensor, block) is None else None
 
 

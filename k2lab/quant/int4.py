@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -50,30 +49,12 @@ _GRID_BLOCK, PACK_BLOCK = 1 << 18, 1 << 20
 assert sys.byteorder == "little", "codes are packed through views of little-endian integers"
 
 
-@cache
-def _triton() -> ModuleType | None:
-    try:
-        from k2lab.quant import _int4_triton
-    except ImportError:
-        return None
-    return _int4_triton
-
-
-@cache
-def _numba() -> ModuleType | None:
-    try:
-        from k2lab.quant import _int4_numba
-    except ImportError:
-        return None
-    return _int4_numba
-
-
 def _kernels(tensor: torch.Tensor) -> ModuleType | None:
     """The module with the same functions for CUDA tensors or, where numba is installed, for those on a CPU; None if PyTorch's own
     operations compute."""
     if tensor.device.type == "cuda":
-        return _triton()
-    return _numba() if compiled.wanted(tensor) else None
+        return compiled.module("_int4_triton")
+    return compiled.module("_int4_numba") if compiled.wanted(tensor) else None
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

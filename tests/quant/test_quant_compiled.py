@@ -203,11 +203,9 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in LOADED:
         monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.delattr(k2lab.quant, name.rpartition(".")[2], raising=False)
-    int4._numba.cache_clear()
-    fp8._numba.cache_clear()
+    compiled.module.cache_clear()
     yield
-    int4._numba.cache_clear()
-    fp8._numba.cache_clear()
+    compiled.module.cache_clear()
 
 
 def test_all_works_without_numba(unloaded: None, monkeypatch: pytest.MonkeyPatch, reference) -> None:
@@ -215,7 +213,7 @@ def test_all_works_without_numba(unloaded: None, monkeypatch: pytest.MonkeyPatch
     expected = reference(lambda: everything(w))
     monkeypatch.setitem(sys.modules, "numba", None)
     same(everything(w), expected)
-    assert int4._numba() is None and fp8._numba() is None and not set(LOADED) & set(sys.modules)
+    assert not any(compiled.module(name.rpartition(".")[2]) for name in LOADED) and not set(LOADED) & set(sys.modules)
 
 
 def test_small_tensors_do_not_wait_for_numba(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
