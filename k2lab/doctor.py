@@ -16,7 +16,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard", "K2_TENSORBOARD=1"),
     "wandb": ("wandb", "K2_WANDB=project"),
     "tiktoken": ("kimi", "Kimi's own tokenizer files"),
-    "numba": ("cpu", "INT4 and FP8 several times faster on a CPU (`k2 convert`), with the same bits"),
+    "numba": ("cpu", "INT4 and FP8 on a CPU (`k2 convert`) up to twice as fast, with the same bits"),
 }
 CORE = {
     "torch": ((2, 11), (2, 14)),
